@@ -1,0 +1,261 @@
+"""Every setting: frozen dataclasses, checked when they are made, read from a TOML recipe and flags that override it.
+
+A flag is a field's name with dashes (`--tensor-model-parallel-size 2`); a recipe holds the same fields under its
+section (`[parallel]`). Names are Megatron's and vLLM's where they have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import tomli_w
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    load: Path = Path("checkpoints/base")
+    """The base model: an HF Qwen2.5 folder, or a Megatron checkpoint that tools/convert_hf.py or a run has made."""
+    bf16: bool = False
+    """Compute in bfloat16 with float32 master weights (GPUs); otherwise float32."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Megatron's layers: plain torch, or Transformer Engine; auto takes the latter where CUDA and TE are."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times TP; padding rows never take probability."""
+    logprob_chunk_tokens: int = 1024
+    """Response tokens whose logits are in memory at one time."""
+
+    def __post_init__(self) -> None:
+        _require(self.make_vocab_size_divisible_by > 0, "make_vocab_size_divisible_by must be positive")
+        _require(self.logprob_chunk_tokens > 0, "logprob_chunk_tokens must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    """TP: ranks that share each matrix. Must divide the attention heads."""
+    pipeline_model_parallel_size: int = 1
+    """PP: stages of layers. Must divide the layers."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks (ZeRO 1)."""
+    distributed_timeout_minutes: int = 30
+    """A collective that takes longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    data_path: Path = Path("prompts.jsonl")
+    """Questions: a JSONL whose lines have a `problem` or a `question`. Labels are never read."""
+    prompt_template: str = "qwen25-math-cot"
+    """`qwen25-math-cot` (the paper's system prompt), `plain`, or a text of your own with `{problem}` in it."""
+    apply_chat_template: bool = True
+    """Wrap the prompt in the tokenizer's chat template, up to where the assistant speaks."""
+    prompts_per_step: int = 32
+    """Questions a step; their order is a shuffle by (seed, epoch)."""
+
+    def __post_init__(self) -> None:
+        _require(self.prompts_per_step > 0, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        known = self.prompt_template in ("qwen25-math-cot", "plain")
+        _require(
+            known or "{problem}" in self.prompt_template,
+            f"prompt_template {self.prompt_template!r} is neither qwen25-math-cot nor plain, and has no {{problem}}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    samples_per_prompt: int = 16
+    """Responses drawn for each question."""
+    temperature: float = 0.5
+    """Of sampling, and of every log-probability in the loss (the paper's Algorithm 1)."""
+    max_response_length: int = 3072
+    """Tokens of a response, the stop token included."""
+    top_p: float = 1.0
+    """Must stay 1: a cut distribution is not p_old."""
+    top_k: int = 0
+    """Must stay 0 (off): a cut distribution is not p_old."""
+    repetition_penalty: float = 1.0
+    """Must stay 1: a penalised distribution is not p_old."""
+    rollout_url: str | None = None
+    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Its key: RLSC_ROLLOUT_KEY."""
+    sidecar_python: Path = Path(sys.executable)
+    """Python of the environment that has vLLM."""
+    sidecar_tensor_parallel_size: int = 1
+    """TP of vLLM."""
+    sidecar_port: int = 0
+    """Port of the sidecar on 127.0.0.1; 0 takes a free one."""
+    sidecar_max_num_seqs: int = 64
+    """Responses that vLLM decodes at one time."""
+    sidecar_gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that vLLM takes (on CPUs, see sidecar_kv_cache_gib)."""
+    sidecar_kv_cache_gib: int = 1
+    """GiB of KV cache of a CPU sidecar."""
+    sidecar_timeout: float = 600.0
+    """Seconds until the sidecar must generate, and until a weight update must end."""
+    max_logprob_difference: float | None = None
+    """The largest |sampler - trainer| log-probability of a token, above which the run stops: the sampler then does not
+    hold the policy's weights. Default 1e-3 in float32; 1.0 in bfloat16, where it catches gross errors alone."""
+    replay_rollouts: Path | None = None
+    """Train from this journal (a run's rollouts/ folder) without a sidecar."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_prompt > 0, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        _require(
+            self.temperature > 0,
+            f"temperature {self.temperature} is not positive: greedy responses are no samples from p_old",
+        )
+        _require(self.max_response_length > 0, "max_response_length must be at least 1")
+        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
+            _require(
+                getattr(self, name) == neutral,
+                f"{name}={getattr(self, name)} is refused in training: its samples would not come from p_old, which the "
+                f"loss takes them for. Leave it at {neutral}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    alpha: float = 0.1
+    """The constant of L2; 0 gives L1."""
+    weight_scale: Literal["none", "batch-max"] = "none"
+    """`none`: the paper's weights. `batch-max`: all divided by the largest of the global batch, so that L1 keeps its
+    direction where exp(log p) of a long response underflows; costs one more forward pass."""
+
+    def __post_init__(self) -> None:
+        _require(self.alpha >= 0, f"alpha must not be negative, it is {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the rate over train_iters."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Of matrices; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps", "lr_warmup_iters"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    train_iters: int = 20
+    """Steps: each samples, makes one update, and refreshes the sampler."""
+    max_tokens_per_micro_batch: int = 8192
+    """Tokens, prompts included, of one packed micro-batch."""
+    seed: int = 1234
+    """Of the prompt order, the samples and the model."""
+    output_dir: Path = Path("runs/rlsc")
+    """Everything the run writes: config.toml, metrics.jsonl, tensorboard/, rollouts/, checkpoints/, hf/."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    resume: bool = False
+    """Go on from the newest checkpoint of output_dir."""
+    overwrite: bool = False
+    """Delete what an earlier run left in output_dir."""
+
+    def __post_init__(self) -> None:
+        _require(self.train_iters > 0, f"train_iters must be at least 1, not {self.train_iters}")
+        _require(self.max_tokens_per_micro_batch > 0, "max_tokens_per_micro_batch must be at least 1")
+        _require(self.save_interval >= 0, "save_interval must not be negative")
+        _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Train Qwen2.5 on its own confidence: RLSC on megatron-core, with vLLM for the responses."""
+
+    model: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    """What is trained."""
+    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
+    """Where it lies; data parallelism is what is left of the world."""
+    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    """What it is asked."""
+    rollout: OmitArgPrefixes[RolloutConfig] = field(default_factory=RolloutConfig)
+    """How it answers."""
+    objective: OmitArgPrefixes[ObjectiveConfig] = field(default_factory=ObjectiveConfig)
+    """What it learns."""
+    optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    """How fast."""
+    train: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    """How long, and where it is written."""
+
+
+def load_recipe(path: Path) -> Config:
+    """Reads a TOML recipe. Unknown sections and keys, and values of the wrong type, raise ValueError with the name."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"no recipe at {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    try:
+        return dacite.from_dict(Config, raw, dacite.Config(strict=True, cast=[Path], type_hooks={float: _to_float}))
+    except dacite.UnexpectedDataError as error:
+        raise ValueError(f"{path}: unknown {', '.join(sorted(error.keys))}; `--help` lists what there is") from None
+    except dacite.DaciteError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _to_float(value: Any) -> Any:
+    """TOML's `1` is a rate as good as `1.0`."""
+    return float(value) if type(value) is int else value
+
+
+def dump_recipe(config: Config) -> str:
+    """The config as a TOML recipe that `load_recipe` reads back; unset fields are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items() if item is not None}
+        return str(value) if isinstance(value, Path) else value
+
+    return tomli_w.dumps(plain(dataclasses.asdict(config)))
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """`--config RECIPE.toml` first, wherever it stands, then the flags over it. Raises ValueError on bad values."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = Config()
+    for i, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            _require("=" in word or i + 1 < len(argv), "--config needs the path of a TOML recipe")
+            path = word.partition("=")[2] or argv[i + 1]
+            del argv[i : i + (1 if "=" in word else 2)]
+            default = load_recipe(Path(path))
+            break
+    return tyro.cli(Config, default=default, args=argv, description=f"{Config.__doc__}\n\n--config RECIPE.toml is read first.")

@@ -1,0 +1,96 @@
+"""What crosses from one file to the next: a prompt, a sample of its response, a packed micro-batch, a step's figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the rollout client and `--help` never pay for torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One question, rendered and tokenized: what the sampler is given."""
+
+    index: int
+    """Line of the question in the prompt file, from 0."""
+    text: str
+    """The rendered prompt, chat template included."""
+    token_ids: tuple[int, ...]
+    """[prompt] the ids of `text`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One response y ~ p_old(. | x). Siblings (same `group`) answer the same prompt."""
+
+    group: int
+    """Position of the prompt among the step's prompts; siblings share it."""
+    sample: int
+    """Position among the siblings, 0 .. samples_per_prompt - 1."""
+    prompt_index: int
+    """`Prompt.index`."""
+    prompt_token_ids: tuple[int, ...]
+    """[prompt]"""
+    response_token_ids: tuple[int, ...]
+    """[response] up to and including the first stop token; without one where the response was cut."""
+    rollout_logprobs: tuple[float, ...]
+    """[response] the sampler's log-probability of each token, in nats, at the sampling temperature."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: ends in a stop token. `length`: cut at the response limit."""
+    seed: int
+    """The seed of the request that made it."""
+    version: str
+    """The policy version that made it, from first token to last."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_token_ids) + len(self.response_token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Whole samples laid end to end (`thd`): one forward pass. d documents, t tokens, n response tokens.
+
+    The model predicts token i + 1 at position i, so a response of r tokens behind a prompt of p is read off positions
+    p - 1 .. p + r - 2. Two documents, prompts `ab` and `c`, responses `xy` and `z`:
+
+        tokens       a b x y c z
+        cu_seqlens   0       4   6
+        positions      1 2   4        where the response's tokens are predicted
+        targets        x y   z
+        segments       0 0   1
+    """
+
+    tokens: Tensor
+    """[t] int64"""
+    cu_seqlens: Tensor
+    """[d + 1] int32, where each document begins, and t at the end."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+    positions: Tensor
+    """[n] int64, into `tokens`: where each response token is predicted."""
+    targets: Tensor
+    """[n] int64, the response tokens."""
+    segments: Tensor
+    """[n] int64, the document that each response token belongs to."""
+    rollout_logprobs: Tensor
+    """[n] float32, the sampler's."""
+    sample_ids: Tensor
+    """[d] int64, each document's row in the global batch; -1 for a filler, which counts for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseScores:
+    """What the policy says of every response of the global batch: B rows, the same on every rank."""
+
+    logprobs: Tensor
+    """[B] float64, log p_theta(y|x) at the sampling temperature, summed over the response."""
+    entropy: Tensor
+    """[B] float64, the token entropy summed over the response, in nats."""
+    lengths: Tensor
+    """[B] int64, response tokens, the stop token included."""
+    rollout_difference: Tensor
+    """[B] float64, the largest |log p of the policy - log p of the sampler| of a token."""
