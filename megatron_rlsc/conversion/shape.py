@@ -1,0 +1,119 @@
+"""What an HF `config.json` says of a Qwen2 model: its sizes and constants, or a refusal that names the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_rlsc.conversion.rules import Rule
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *HEADS, "max_position_embeddings")
+CONSTANTS = ("rms_norm_eps", "rope_theta")
+REQUIRED: dict[str, tuple[type, ...]] = {name: (int,) for name in SIZES} | {name: (int, float) for name in CONSTANTS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A dense Qwen2 or Qwen2.5 model, in HF's names."""
+
+    vocab_size: int
+    """Rows of the HF embedding."""
+    padded_vocab_size: int
+    """Rows of Megatron's embedding and output layer over all ranks; `vocab_size` until `padded_to` says otherwise."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    """Divides `num_attention_heads`: each KV head serves a group of query heads."""
+    head_dim: int
+    max_position_embeddings: int
+    """Tokens of prompt and response together."""
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @property
+    def query_size(self) -> int:
+        """Rows of q_proj."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of k_proj, and of v_proj."""
+        return self.num_key_value_heads * self.head_dim
+
+    def padded_to(self, multiple: int) -> ModelShape:
+        """The same model, its vocabulary padded to a multiple (Megatron's: `make_vocab_size_divisible_by` * TP)."""
+        return replace(self, padded_vocab_size=-(-self.vocab_size // multiple) * multiple)
+
+    def hf_shapes(self, rule: Rule) -> tuple[tuple[int, ...], ...]:
+        """The shape of each HF tensor of a row."""
+        return tuple(tuple(getattr(self, axis) for axis in axes) for axes in rule.axes)
+
+
+def read_shape(hf_dir: Path) -> ModelShape:
+    """Reads `hf_dir/config.json`.
+
+    Raises ValueError where the folder or the file is missing or malformed, the model is no dense Qwen2 causal LM, or it
+    uses a feature that the trainer does not have (each named; none is ignored).
+    """
+    path = Path(hf_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        what = "no config.json in it" if path.parent.is_dir() else "no such folder"
+        raise ValueError(f"{path.parent} is no HF model folder: {what}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "qwen2":
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: model_type is {found!r}; this package trains qwen2 (Qwen2 and Qwen2.5, dense) only")
+    refused = _unsupported(config)
+    if refused:
+        raise ValueError(f"{path} asks for what is not supported: " + "; ".join(refused))
+    return _shape_of(config, path)
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Each feature that the config uses and this package does not have."""
+    rope = config.get("rope_parameters") or {}
+    refusals = {
+        f"architectures {config.get('architectures')}": config.get("architectures") not in (None, ["Qwen2ForCausalLM"]),
+        f"hidden_act {config.get('hidden_act')!r} (only 'silu')": config.get("hidden_act", "silu") != "silu",
+        f"rope_scaling {config.get('rope_scaling')}": config.get("rope_scaling") is not None,
+        f"rope_parameters {rope} (only rope_type 'default')": rope.get("rope_type", "default") != "default",
+        "sliding-window attention (use_sliding_window, layer_types)": bool(config.get("use_sliding_window"))
+        or "sliding_attention" in (config.get("layer_types") or ()),
+        "quantization_config": config.get("quantization_config") is not None,
+        f"attention_dropout {config.get('attention_dropout')}": config.get("attention_dropout", 0.0) != 0.0,
+    }
+    return [feature for feature, used in refusals.items() if used]
+
+
+def _shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
+    if config.get("rope_theta") is None:  # transformers 5 keeps it in rope_parameters
+        config = {**config, "rope_theta": (config.get("rope_parameters") or {}).get("rope_theta")}
+    missing = [name for name in REQUIRED if config.get(name) is None]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name, kinds in REQUIRED.items():
+        if type(config[name]) not in kinds or config[name] <= 0:
+            raise ValueError(f"{path}: {name} must be a positive {kinds[-1].__name__}, not {config[name]!r}")
+
+    hidden_size, heads, kv_heads = (config[name] for name in ("hidden_size", *HEADS))
+    if heads % kv_heads:
+        raise ValueError(f"{path}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    head_dim = config.get("head_dim") or hidden_size // heads
+    if heads * head_dim != hidden_size:  # vLLM's Qwen2 knows no other
+        raise ValueError(f"{path}: num_attention_heads {heads} x head_dim {head_dim} is not hidden_size {hidden_size}")
+    return ModelShape(
+        **{name: kinds[-1](config[name]) for name, kinds in REQUIRED.items()},
+        padded_vocab_size=config["vocab_size"],
+        head_dim=head_dim,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
