@@ -1,0 +1,8 @@
+"""The trained policy on megatron-core: the only package that imports it."""
+
+import warnings
+
+# Said by megatron-core at import, on every rank: that apex and TE are absent (choose_spec decides and says which layers
+# are used), and that defaults of its own are deprecated.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+warnings.filterwarnings("ignore", message="full scope is deprecated.*")

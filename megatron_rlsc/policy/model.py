@@ -1,0 +1,167 @@
+"""An HF Qwen2.5 config as a stage of megatron-core's GPTModel, whose last stage answers with log-probabilities."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_rlsc.config import ModelConfig, ParallelConfig
+from megatron_rlsc.conversion.rules import Spec
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.attention import PackedAttention
+from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
+from megatron_rlsc.policy.parallel import Parallel
+from megatron_rlsc.types import MicroBatch
+
+
+class LogprobGPTModel(GPTModel):
+    """GPTModel that takes a packed micro-batch, and on the last stage returns log-probabilities instead of logits.
+
+    Logits of a whole pack are never made: only response positions reach the output layer, and those in chunks.
+    """
+
+    def __init__(self, *args: Any, temperature: float, chunk_tokens: int, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.real_vocab_size = real_vocab_size
+
+    def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Log-probabilities and entropies of the response tokens, [n] float32 each, at `temperature`; on a stage
+        before the last, the hidden states [t, 1, h]."""
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        # Rotary positions come from cu_seqlens; GPTModel reads position_ids for learned embeddings alone.
+        position_ids = torch.zeros_like(batch.tokens)[None]
+        self._batch = batch
+        return super().forward(batch.tokens[None], position_ids, None, packed_seq_params=packed)
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Replaces gpt_model.py's own, which multiplies every position with the output layer."""
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        return vocab_parallel_logprobs(
+            hidden_states[self._batch.positions, 0],
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            self._batch.targets,
+            temperature=self.temperature,
+            vocab_size=self.real_vocab_size,
+            group=self.pg_collection.tp,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+def choose_spec(transformer_impl: Literal["auto", "local", "transformer_engine"]) -> Spec:
+    """`auto` is Transformer Engine where CUDA and its package are. Raises ValueError where it is asked for in vain."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if transformer_impl == "transformer_engine" and not available:
+        raise ValueError(
+            "transformer_impl=transformer_engine needs CUDA and the transformer-engine package "
+            "(pip install 'megatron-rlsc[gpu]'); --transformer-impl local runs without"
+        )
+    if transformer_impl == "auto":
+        return "transformer_engine" if available else "local"
+    return transformer_impl
+
+
+def build_model(
+    shape: ModelShape,
+    *,
+    model: ModelConfig,
+    spec: Spec,
+    layout: ParallelConfig,
+    parallel: Parallel,
+    temperature: float,
+) -> LogprobGPTModel:
+    """This rank's stage and shards, with Megatron's random initialisation, on this rank's device."""
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    config = _transformer_config(shape, layout, parallel, dtype)
+    return LogprobGPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(spec),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        temperature=temperature,
+        chunk_tokens=model.logprob_chunk_tokens,
+        real_vocab_size=shape.vocab_size,
+    ).to(parallel.device)
+
+
+def _layer_spec(spec: Spec) -> ModuleSpec:
+    if spec == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return layer
+
+
+def _transformer_config(
+    shape: ModelShape, layout: ParallelConfig, parallel: Parallel, dtype: torch.dtype
+) -> TransformerConfig:
+    on_cpu = parallel.device.type == "cpu"
+    return TransformerConfig(
+        # The architecture
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # The layout
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        # Packs differ in length, so a stage learns what it will receive. Megatron ties that to this MoE setting, which
+        # a dense model never reads (transformer_config.py).
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_sync=not on_cpu,
+        # gloo still reads an output after it was sent: freeing it gives wrong gradients, in silence.
+        deallocate_pipeline_outputs=False,
+        # Numerics
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The loss is a sum over responses, divided by their number in the global batch (finalize_model_grads.py).
+        calculate_per_token_loss=True,
+        # Initialisation also marks which parameters are sharded; without it the gradient norm is wrong under TP.
+        perform_initialization=True,
+        use_cpu_initialization=on_cpu,
+        # Fused kernels that are CUDA extensions
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        apply_rope_fusion=False,
+        persist_layer_norm=not on_cpu,
+    )

@@ -1,0 +1,134 @@
+"""The ranks: process groups, this rank's place in them, and the few collectives that the loop needs.
+
+The only reader of megatron.core.parallel_state.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from megatron_rlsc.config import ParallelConfig
+from megatron_rlsc.policy import cpu
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """This rank's place in the TP x PP x DP grid. Made once by `init_parallel`."""
+
+    rank: int
+    """0 .. world_size - 1."""
+    world_size: int
+    """tp_size * pp_size * dp_size."""
+    tp_rank: int
+    """Which shard of each matrix."""
+    tp_size: int
+    """Tensor-parallel ranks."""
+    pp_rank: int
+    """Which stage of layers."""
+    pp_size: int
+    """Pipeline stages."""
+    dp_rank: int
+    """Which replica."""
+    dp_size: int
+    """Replicas."""
+    device: torch.device
+    """Where this rank's tensors live."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer, and so the log-probabilities."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold this rank's matrices together, in shard order."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def stage_source(self, pp_rank: int) -> int:
+        """World rank of a stage's first shard in the first replica (Megatron's order is tp-dp-pp, tp fastest)."""
+        return pp_rank * self.dp_size * self.tp_size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on every rank, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        """Rank 0's payload on every rank; bytes, so that nobody unpickles anything."""
+        size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, src=0)
+        data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if payload is not None:
+            data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(data, src=0)
+        return data.cpu().numpy().tobytes()
+
+    def barrier(self) -> None:
+        """Every rank waits for the others."""
+        dist.barrier()
+
+
+def world_size() -> int:
+    """Ranks that torchrun (or SLURM) has started; 1 when started by hand."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that prints, before any group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def init_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and lays the TP x PP x DP grid over it.
+
+    The layout must have passed `planning.check_layout`. `seed` seeds Megatron's RNG tracker of every rank.
+    """
+    cpu.install()
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.distributed_timeout_minutes)
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # started by hand: a world of one
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def destroy_parallel() -> None:
+    """Leaves the grid and, where torchrun made it, the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,150 @@
+"""The policy: what the loop may ask of it. Scores responses, learns from them, streams its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rlsc.config import Config
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.model import LogprobGPTModel, build_model, choose_spec
+from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
+from megatron_rlsc.policy.parallel import Parallel
+from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
+from megatron_rlsc.types import MicroBatch, ResponseScores
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(log p_theta [d], rows of the global batch [d]) -> losses [d]."""
+
+
+class Policy:
+    """One rank's part of the trained model with its optimizer. Every method is a collective of all ranks."""
+
+    def __init__(self, config: Config, shape: ModelShape, parallel: Parallel) -> None:
+        self.shape = shape.padded_to(config.model.make_vocab_size_divisible_by * parallel.tp_size)
+        self.spec = choose_spec(config.model.transformer_impl)
+        self.parallel = parallel
+        distributed_optimizer = config.parallel.use_distributed_optimizer
+        self.model: LogprobGPTModel = build_model(
+            self.shape,
+            model=config.model,
+            spec=self.spec,
+            layout=config.parallel,
+            parallel=parallel,
+            temperature=config.rollout.temperature,
+        )
+        self.ddp = wrap_model(self.model, use_distributed_optimizer=distributed_optimizer)
+        self.optimizer, self.schedule = build_optimizer(
+            self.ddp,
+            config.optimizer,
+            train_iters=config.train.train_iters,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def score(self, micro_batches: Sequence[MicroBatch], *, num_samples: int) -> ResponseScores:
+        """What the policy says of every response of the global batch; nothing is learned.
+
+        Args:
+            micro_batches: this replica's share; as many as every other replica's.
+            num_samples: B, the responses of the global batch.
+        """
+        with torch.no_grad():
+            return self._run(micro_batches, None, num_samples)
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, num_samples: int
+    ) -> ResponseScores:
+        """Scores every response and accumulates the gradient of the mean of `objective` over the global batch.
+
+        No weight changes before `step`, so what the scores show can still stop the update.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(micro_batches, objective, num_samples)
+
+    def gradient_norm(self) -> float:
+        """Of the whole model's gradient, before clipping."""
+        return gradient_norm(self.optimizer)
+
+    def step(self) -> float:
+        """One AdamW update with the accumulated, clipped gradient. Returns the learning rate that it used."""
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        updated, _, _ = self.optimizer.step()
+        assert updated, "only a loss scaler skips updates, and there is none"
+        self.schedule.step(increment=1)
+        return learning_rate
+
+    def load_hf_weights(self, read: Callable[[str], Tensor]) -> None:
+        """Takes the weights of an HF model; `read` returns a whole tensor by its HF name."""
+        load_hf_weights(self.model, read, shape=self.shape, spec=self.spec, parallel=self.parallel)
+        self.optimizer.reload_model_params()  # float32 master weights, where the model is in bfloat16
+
+    def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, full tensor) on rank 0, in HF's order; nothing elsewhere, but every rank must exhaust it."""
+        return iter_hf_weights(self.model, shape=self.shape, spec=self.spec, parallel=self.parallel)
+
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective | None, num_samples: int
+    ) -> ResponseScores:
+        """One pass of Megatron's schedule. `objective` None is forward only."""
+        results: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, objective=objective),
+            data_iterator=iter(micro_batches),
+            model=self.ddp,
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # never read: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=objective is None,
+        )
+        return self._gather_scores(results, num_samples)
+
+    def _gather_scores(self, results: list[dict[str, Tensor]], num_samples: int) -> ResponseScores:
+        """Every response's row from the one rank that has it to all ranks: a sum over zeros."""
+        table = torch.zeros(num_samples, 4, dtype=torch.float64, device=self.parallel.device)
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
+            for result in results:
+                real = result["sample_ids"] >= 0
+                table[result["sample_ids"][real]] = result["rows"][real]
+        logprobs, entropy, lengths, difference = self.parallel.sum(table).cpu().unbind(1)
+        return ResponseScores(
+            logprobs=logprobs, entropy=entropy, lengths=lengths.long(), rollout_difference=difference
+        )
+
+
+def _forward_step(data_iterator: Iterator[MicroBatch], model: Any, *, objective: Objective | None) -> tuple[Any, Any]:
+    """Megatron's forward_step_func (pipeline_parallel/schedules.py)."""
+    batch = next(data_iterator)
+    return model(batch), partial(_loss, batch=batch, objective=objective)
+
+
+def _loss(
+    output: tuple[Tensor, Tensor], *, batch: MicroBatch, objective: Objective | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(summed loss, responses, this micro-batch's scores), as calculate_per_token_loss has it: Megatron divides the
+    gradient by the responses of all micro-batches and replicas."""
+    token_logprobs, token_entropy = output
+    documents = len(batch.sample_ids)
+
+    def per_response(tokens: Tensor) -> Tensor:
+        return tokens.new_zeros(documents).index_add(0, batch.segments, tokens)
+
+    logprobs = per_response(token_logprobs)
+    real = batch.sample_ids >= 0
+    loss = logprobs.new_zeros(())
+    if objective is not None:
+        # A filler is multiplied by zero rather than left out, so that its backward pass runs like any other.
+        losses = objective(logprobs, batch.sample_ids.clamp(min=0))
+        loss = (losses * real).sum()
+    with torch.no_grad():
+        difference = (token_logprobs - batch.rollout_logprobs).abs()
+        worst = difference.new_zeros(documents).scatter_reduce(0, batch.segments, difference, "amax")
+        lengths = per_response(torch.ones_like(token_logprobs))
+        rows = torch.stack([logprobs, per_response(token_entropy), lengths, worst], dim=1).double()
+    scores = {"sample_ids": batch.sample_ids, "rows": rows}
+    return loss, real.sum().int(), scores

@@ -1,0 +1,94 @@
+"""The policy's weights as HF tensors, in and out, by the one table of conversion/rules.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlsc.conversion.layout import gather, shard
+from megatron_rlsc.conversion.rules import EMBEDDING, OUTPUT, Rule, Spec, rules_for
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.parallel import Parallel
+
+LAYERS = "decoder.layers."
+
+
+def load_hf_weights(
+    model: torch.nn.Module,
+    read: Callable[[str], Tensor],
+    *,
+    shape: ModelShape,
+    spec: Spec,
+    parallel: Parallel,
+) -> None:
+    """Fills this rank's stage and shards. `read` returns a whole HF tensor by name."""
+    params = dict(model.named_parameters())
+    rules = rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec)
+    if shape.tie_word_embeddings and parallel.pp_size > 1:
+        # The last stage of a tied model holds a copy of the embedding, far from the first stage's own.
+        rules.append(replace(EMBEDDING, megatron=OUTPUT.megatron))
+    for rule in rules:
+        stage, name = _locate(rule.megatron, shape, parallel)
+        if stage == parallel.pp_rank:
+            tensors = [read(hf_name) for hf_name in rule.hf]
+            part = shard(rule.layout, tensors, shape, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
+            with torch.no_grad():
+                params.pop(name).copy_(part)
+    assert not params, f"the table has no row for {sorted(params)}"
+
+
+@torch.no_grad()
+def iter_hf_weights(
+    model: torch.nn.Module, *, shape: ModelShape, spec: Spec, parallel: Parallel
+) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, whole tensor) on rank 0, in HF's order; other ranks yield nothing but must exhaust it too.
+
+    One row of the table at a time: its TP shards meet on the first rank of their stage, which sends the HF tensors to
+    rank 0. A tensor may share memory with the model: use it before the next update.
+    """
+    params = dict(model.named_parameters())
+    for rule in rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec):
+        stage, name = _locate(rule.megatron, shape, parallel)
+        source = parallel.stage_source(stage)
+        tensors: Sequence[Tensor] = ()
+        if parallel.dp_rank == 0 and parallel.pp_rank == stage:
+            shards = _gather_shards(params[name], source, parallel)
+            if shards:
+                tensors = gather(rule.layout, shards, shape)
+        if source != 0 and parallel.rank == source:
+            for tensor in tensors:
+                dist.send(tensor.contiguous(), dst=0)
+        if parallel.rank == 0:
+            if source != 0:
+                tensors = _receive(rule, shape, source, like=next(iter(params.values())))
+            yield from zip(rule.hf, tensors, strict=True)
+
+
+def _locate(megatron_name: str, shape: ModelShape, parallel: Parallel) -> tuple[int, str]:
+    """(stage, name there) of a parameter's global name: layers are dealt evenly and counted from 0 on each stage."""
+    if megatron_name.startswith(LAYERS):
+        layer, _, rest = megatron_name.removeprefix(LAYERS).partition(".")
+        per_stage = shape.num_hidden_layers // parallel.pp_size
+        return int(layer) // per_stage, f"{LAYERS}{int(layer) % per_stage}.{rest}"
+    return (0 if megatron_name == EMBEDDING.megatron else parallel.pp_size - 1), megatron_name
+
+
+def _gather_shards(param: Tensor, destination: int, parallel: Parallel) -> list[Tensor]:
+    """Every TP rank's part on `destination`; an empty list on the others."""
+    param = param.detach()
+    if parallel.tp_size == 1:
+        return [param]
+    shards = [torch.empty_like(param) for _ in range(parallel.tp_size)] if parallel.rank == destination else None
+    dist.gather(param.contiguous(), shards, dst=destination, group=parallel.tp_group)
+    return shards or []
+
+
+def _receive(rule: Rule, shape: ModelShape, source: int, *, like: Tensor) -> list[Tensor]:
+    tensors = [like.new_empty(size) for size in shape.hf_shapes(rule)]
+    for tensor in tensors:
+        dist.recv(tensor, src=source)
+    return tensors
