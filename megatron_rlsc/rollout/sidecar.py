@@ -1,0 +1,218 @@
+"""Starts a vLLM sidecar on this machine, waits until it truly generates, watches it, and takes it down. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import httpx
+
+import megatron_rlsc
+from megatron_rlsc.rollout import keeper
+from megatron_rlsc.rollout.wire import KEY_VARIABLE, PUSH_DIR_VARIABLE, bearer, memory_backed_root
+
+LOG_LINES_SHOWN = 30
+_POLL_SECONDS = 0.2
+
+
+class SidecarError(RuntimeError):
+    """The sidecar cannot start, did not come up, or died; with the last lines of its log where there is one."""
+
+
+class Sidecar:
+    """One vLLM server, its key, and its files. `start()` returns at once, so that the trainer builds its model while
+    vLLM starts; `wait_until_ready()` comes before the first push. A context manager: leaving it stops the sidecar.
+
+    The process tree: this process -> keeper -> `serve` -> vLLM's engine and workers. The keeper kills the rest when
+    this process dies in any way, SIGKILL included.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        model_dir: Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        max_model_len: int,
+        seed: int,
+        log_path: Path,
+        port: int = 0,
+        tensor_parallel_size: int = 1,
+        max_num_seqs: int = 64,
+        gpu_memory_utilization: float = 0.85,
+        kv_cache_gib: int = 1,
+        timeout: float = 600.0,
+        push_root: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            python: of the environment that has vLLM.
+            model_dir: HF folder with config.json and the tokenizer; weights in it are not read.
+            dtype: of vLLM's weights; a push must have the same.
+            max_model_len: tokens of the longest prompt and response together.
+            seed: vLLM's own; each request brings its own as well.
+            log_path: vLLM's output is appended here.
+            port: on 127.0.0.1; 0 takes a free one.
+            tensor_parallel_size: vLLM's workers.
+            max_num_seqs: responses decoded at one time, and the most samples a prompt.
+            gpu_memory_utilization: share of a GPU's memory.
+            kv_cache_gib: GiB of KV cache on a CPU.
+            timeout: seconds from `wait_until_ready()` to the first token.
+            push_root: parent of the private run directory; must hold one copy of the weights. Default /dev/shm.
+        """
+        self.key = secrets.token_urlsafe(32)
+        self.url = ""
+        """http://127.0.0.1:port, once started."""
+        self.log_path = log_path
+        self._python = python
+        self._port = port
+        self._timeout = timeout
+        self._run_root = push_root or memory_backed_root()
+        self._run_dir: Path | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._kv_cache_gib = kv_cache_gib
+        self._flags = [
+            *("--model", str(model_dir), "--dtype", dtype, "--seed", str(seed)),
+            *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
+            *("--tensor-parallel-size", str(tensor_parallel_size)),
+            *("--gpu-memory-utilization", str(gpu_memory_utilization)),
+        ]
+
+    def __enter__(self) -> Sidecar:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the process tree and returns. Call it on the main thread: the kernel ties the keeper's life to the
+        thread that started it. Raises SidecarError for a Python without vLLM and for a port in use."""
+        assert self._keeper is None, "started twice"
+        assert threading.current_thread() is threading.main_thread(), "a sidecar dies with the thread that started it"
+        require_vllm(self._python)
+        port = _free_port(self._port)
+        self.url = f"http://127.0.0.1:{port}"
+        # Short, for the names of Unix sockets; private by mkdtemp's 0700.
+        self._run_dir = Path(tempfile.mkdtemp(prefix="rlsc-", dir=self._run_root))
+        environment = self._environment(self._run_dir)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        server = [str(self._python), "-m", "megatron_rlsc.rollout.serve", "--port", str(port), *self._flags]
+        with self.log_path.open("ab") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", keeper.__file__, str(os.getpid()), str(self._run_dir), *server],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the trainer, which then stops us in its own order
+            )
+
+    def wait_until_ready(self) -> None:
+        """Returns when one token has been generated: /health alone also answers for an engine that has crashed.
+
+        Raises SidecarError at once when the process dies, and after `timeout` seconds.
+        """
+        deadline = time.monotonic() + self._timeout
+        request = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
+        with httpx.Client(base_url=self.url, headers=bearer(self.key), trust_env=False) as http:
+            while (left := deadline - time.monotonic()) > 0:
+                self.check_alive()
+                try:
+                    answer = http.post("/inference/v1/generate", json=request, timeout=left)
+                except httpx.ConnectError:
+                    time.sleep(_POLL_SECONDS)  # it does not listen yet
+                    continue
+                except httpx.HTTPError as error:
+                    raise self._failure(f"broke off its first request ({type(error).__name__}: {error})") from error
+                if answer.status_code == httpx.codes.OK:
+                    return
+                raise self._failure(f"answered {answer.status_code} to its first request: {answer.text.strip()}")
+        raise self._failure(f"generated nothing within {self._timeout:g} s")
+
+    def check_alive(self) -> None:
+        """Raises SidecarError if the sidecar has ended. Cheap: call it wherever its death would explain an error."""
+        if self._keeper is None:
+            raise SidecarError("the sidecar was not started")
+        status = self._keeper.poll()
+        if status is not None:
+            raise self._failure(f"ended with status {status}")
+
+    def stop(self) -> None:
+        """Ends the process tree and removes its files; does nothing where there is none."""
+        if self._keeper is not None:
+            self._keeper.terminate()
+            try:
+                self._keeper.wait(keeper.GRACE_SECONDS + 5)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()  # the server follows it by its own parent-death signal
+                self._keeper.wait()
+            self._keeper = None
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)  # the keeper has done it, if it got that far
+            self._run_dir = None
+
+    def _environment(self, run_dir: Path) -> dict[str, str]:
+        """The sidecar's environment, and the folders that it names."""
+        for name in ("push", "tmp", "lib"):
+            (run_dir / name).mkdir(mode=0o700)
+        # This package alone, not the trainer's site-packages around it.
+        (run_dir / "lib" / "megatron_rlsc").symlink_to(Path(megatron_rlsc.__file__).parent)
+        environment = dict(os.environ)
+        # torchrun's variables would make vLLM join the trainer's process group.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        local = "127.0.0.1,localhost"
+        environment.update(
+            {
+                KEY_VARIABLE: self.key,
+                PUSH_DIR_VARIABLE: str(run_dir / "push"),
+                "PYTHONPATH": str(run_dir / "lib"),
+                "TMPDIR": str(run_dir / "tmp"),
+                "HF_HUB_OFFLINE": "1",
+                "NO_PROXY": local,
+                "no_proxy": local,
+                "VLLM_CPU_KVCACHE_SPACE": str(self._kv_cache_gib),
+            }
+        )
+        return environment
+
+    def _failure(self, what: str) -> SidecarError:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return SidecarError("\n".join([f"the vLLM sidecar {what}. The end of {self.log_path}:", *lines]))
+
+
+def require_vllm(python: Path) -> None:
+    """Raises SidecarError unless `python` runs and has vLLM."""
+    remedy = "`bash tools/setup_env.sh` makes .venv-sidecar; name its Python with --sidecar-python"
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([str(python), "-c", probe], stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        raise SidecarError(f"no Python at {python} ({error.strerror}): {remedy}") from error
+    if found.returncode != 0:
+        raise SidecarError(f"{python} has no vLLM: {remedy}")
+
+
+def _free_port(port: int) -> int:
+    """The port, checked, or one that the kernel finds. Raises SidecarError if it is taken."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SidecarError(f"port {port} of 127.0.0.1: {error.strerror}. Take another --sidecar-port") from error
+        return int(probe.getsockname()[1])
