@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsc.conversion.rules import Rule
+from megatron_rlsc.conversion.rules import Rule, rules_for
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *HEADS, "max_position_embeddings")
@@ -54,6 +54,11 @@ class ModelShape:
     def hf_shapes(self, rule: Rule) -> tuple[tuple[int, ...], ...]:
         """The shape of each HF tensor of a row."""
         return tuple(tuple(getattr(self, axis) for axis in axes) for axes in rule.axes)
+
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every HF tensor of the model, in HF's order."""
+        rules = rules_for(num_layers=self.num_hidden_layers, tied=self.tie_word_embeddings, spec="local")
+        return {name: shape for rule in rules for name, shape in zip(rule.hf, self.hf_shapes(rule))}
 
 
 def read_shape(hf_dir: Path) -> ModelShape:

@@ -1,0 +1,50 @@
+"""A folder that is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which takes the place of `path` when the block ends; an error removes it.
+
+    What is in it reaches the disk before the rename does. Raises ValueError where `path` is in use and `overwrite` is
+    not set.
+    """
+    path = Path(path).resolve()
+    partial, previous = (path.with_name(f".{path.name}.{what}") for what in ("partial", "previous"))
+    if previous.exists():  # a run was killed in the last lines below
+        shutil.rmtree(previous) if path.exists() else previous.rename(path)
+    in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if in_use and not (overwrite and path.is_dir()):
+        raise ValueError(f"{path} is in use: " + ("name another, or overwrite it" if path.is_dir() else "it is a file"))
+    if partial.exists():  # a run was killed before them
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in (*files, "."):
+                _fsync(Path(folder, name))
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if path.exists():
+        path.rename(previous)
+    partial.rename(path)
+    _fsync(path.parent)
+    if previous.exists():
+        shutil.rmtree(previous)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
