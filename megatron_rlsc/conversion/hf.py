@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsc.conversion import tensor_file
-from megatron_rlsc.conversion.folder import whole_folder
+from megatron_rlsc.conversion.atomic import whole_folder
 from megatron_rlsc.conversion.rules import EMBEDDING, OUTPUT
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
 from megatron_rlsc.conversion.tensor_file import TensorEntry

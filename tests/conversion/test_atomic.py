@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rlsc.conversion.folder import whole_folder
+from megatron_rlsc.conversion.atomic import whole_folder
 
 
 def write(path, text, **options):

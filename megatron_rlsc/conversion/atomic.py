@@ -1,4 +1,4 @@
-"""A folder that is there as a whole or not at all."""
+"""Writing a folder that is there as a whole or not at all."""
 
 from __future__ import annotations
 
