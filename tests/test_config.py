@@ -1,0 +1,152 @@
+"""Recipes and flags: what is written is what is used, and what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsc.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+    dump_recipe,
+    load_recipe,
+    parse_config,
+)
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.toml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and returns its path."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "recipe.toml").write_text(text)
+        return tmp_path / "recipe.toml"
+
+    return write
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_parses(path):
+    load_recipe(path)
+
+
+def test_an_empty_recipe_is_the_defaults(recipe):
+    assert load_recipe(recipe("")) == Config() == parse_config([])
+
+
+def test_dump_and_load_are_inverse(recipe):
+    config = Config(
+        model=ModelConfig(load=Path("some where/else"), bf16=True),
+        rollout=RolloutConfig(rollout_url="http://127.0.0.1:1", max_logprob_difference=0.5, temperature=0.7),
+        objective=ObjectiveConfig(alpha=0.0, weight_scale="batch-max"),
+        optimizer=OptimizerConfig(lr=1e-6, adam_eps=1e-15),
+    )
+    assert load_recipe(recipe(dump_recipe(config))) == config
+    assert load_recipe(recipe(dump_recipe(Config()))) == Config()  # unset fields stay unset
+
+
+def test_whole_numbers_are_rates_too(recipe):
+    assert load_recipe(recipe("[objective]\nalpha = 0")).objective.alpha == 0.0
+
+
+def test_a_flag_overrides_the_recipe_wherever_it_stands(recipe):
+    path = recipe(
+        "[parallel]\ntensor_model_parallel_size = 2\npipeline_model_parallel_size = 2\n[objective]\nalpha = 3.0"
+    )
+    for argv in (
+        ["--config", str(path), "--tensor-model-parallel-size", "4"],
+        ["--tensor-model-parallel-size", "4", "--config", str(path)],
+        ["--tensor-model-parallel-size=4", f"--config={path}"],
+    ):
+        config = parse_config(argv)
+        assert config.parallel.tensor_model_parallel_size == 4
+        assert config.parallel.pipeline_model_parallel_size == 2
+        assert config.objective.alpha == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[objective]\nalhpa = 0.1", r"recipe\.toml: unknown alhpa"),
+        ("[objectives]\nalpha = 0.1", r"recipe\.toml: unknown objectives"),
+        ("alpha = 0.1", r"recipe\.toml: unknown alpha"),
+        ('[objective]\nalpha = "0.1"', r"recipe\.toml: .*objective\.alpha"),
+        ("[parallel]\ntensor_model_parallel_size = 2.0", r"parallel\.tensor_model_parallel_size"),
+        ('[objective]\nweight_scale = "mean"', r"objective\.weight_scale"),
+        ("[objective", r"recipe\.toml is not TOML"),
+        ("[rollout]\ntop_p = 0.9", r"top_p=0\.9 is refused"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe(text))
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe at .*absent\.toml"):
+        parse_config(["--config", str(tmp_path / "absent.toml")])
+    with pytest.raises(ValueError, match="--config needs the path"):
+        parse_config(["--config"])
+
+
+def test_an_unknown_flag_ends_the_program(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(["--tensor-parallel", "2"])
+    assert ended.value.code != 0
+    assert "--tensor-parallel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (RolloutConfig, {"top_p": 0.95}, r"top_p=0\.95 is refused in training.*p_old.*Leave it at 1\.0"),
+        (RolloutConfig, {"top_k": 50}, "top_k=50 is refused"),
+        (RolloutConfig, {"repetition_penalty": 1.05}, r"repetition_penalty=1\.05 is refused"),
+        (RolloutConfig, {"temperature": 0.0}, r"temperature 0\.0 is not positive"),
+        (RolloutConfig, {"temperature": -1.0}, r"temperature -1\.0"),
+        (RolloutConfig, {"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
+        (RolloutConfig, {"max_response_length": 0}, "max_response_length"),
+        (ObjectiveConfig, {"alpha": -0.1}, r"alpha must not be negative, it is -0\.1"),
+        (OptimizerConfig, {"lr": -1.0}, "lr must not be negative"),
+        (OptimizerConfig, {"clip_grad": -1.0}, "clip_grad must not be negative"),
+        (ParallelConfig, {"tensor_model_parallel_size": 0}, "tensor_model_parallel_size must be at least 1, not 0"),
+        (
+            ParallelConfig,
+            {"pipeline_model_parallel_size": -2},
+            "pipeline_model_parallel_size must be at least 1, not -2",
+        ),
+        (DataConfig, {"prompts_per_step": 0}, "prompts_per_step must be at least 1, not 0"),
+        (DataConfig, {"prompt_template": "qwen"}, r"prompt_template 'qwen' .*\{problem\}"),
+        (ModelConfig, {"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by"),
+        (TrainConfig, {"train_iters": 0}, "train_iters must be at least 1, not 0"),
+        (TrainConfig, {"save_interval": -1}, "save_interval"),
+        (TrainConfig, {"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_refused_values(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        section(**values)
+
+
+def test_every_field_has_its_help(capsys):
+    """A docstring under each field is its `--help`; the flag is the field's name with dashes."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    shown = capsys.readouterr().out
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(Config(), section.name)):
+            assert f"--{field.name.replace('_', '-')}" in shown

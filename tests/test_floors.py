@@ -1,0 +1,137 @@
+"""The architecture as a test: who may import whom, and what stays cheap to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_rlsc"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    "config": 0,
+    "types": 0,
+    "batching": 1,
+    "conversion": 1,
+    "data": 1,
+    "evaluation": 1,
+    "guard": 1,
+    "journal": 1,
+    "objective": 1,
+    "planning": 1,
+    "tracking": 1,
+    "policy": 2,
+    "rollout": 2,
+    "train": 3,
+}
+"""Files and packages of megatron_rlsc; one imports lower floors, or its own package."""
+
+NEIGHBOURS = {("planning", "conversion")}
+"""Of one floor, and yet: memory is planned from the shape of a model, which is read where its config.json is."""
+
+
+def name_of(path: Path) -> str:
+    """`rollout/client.py` -> `megatron_rlsc.rollout.client`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything a file imports, wherever in the file: `a.b` and `a.b.c` for `from a.b import c`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def importers(library: str) -> set[str]:
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(name == library or name.startswith(f"{library}.") for name in imports(path))
+    }
+
+
+def own_parts(path: Path) -> set[str]:
+    """Files and packages of ours that a file imports: `rollout` for `megatron_rlsc.rollout.client`."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("megatron_rlsc.")} & FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        assert not own_parts(path)
+        return
+    assert part in FLOORS, f"{part} has no floor: give it one in FLOORS and in docs/architecture.md"
+    for other in own_parts(path) - {part}:
+        allowed = FLOORS[other] < FLOORS[part] or (part, other) in NEIGHBOURS
+        assert allowed, f"{part} (floor {FLOORS[part]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_megatron_is_imported_in_policy_only():
+    assert {Path(file).parts[0] for file in importers("megatron")} == {"policy"}
+
+
+def test_parallel_state_is_read_in_one_file():
+    assert importers("megatron.core.parallel_state") == {"policy/parallel.py"}
+
+
+def test_vllm_is_imported_in_the_sidecar_only():
+    assert importers("vllm") <= {"rollout/serve.py", "rollout/engine.py"}
+
+
+@pytest.mark.parametrize("name", ["config", "types"])
+def test_the_ground_floor_stands_on_the_standard_library(name):
+    """And on the libraries of the command line; `types` names torch for type checkers alone."""
+    roots = {name.split(".")[0] for name in imports(PACKAGE / f"{name}.py")}
+    foreign = roots - sys.stdlib_module_names
+    assert foreign <= {"dacite", "tomli", "tomli_w", "tyro"} | ({"torch"} if name == "types" else set())
+
+
+def test_the_objective_knows_tensors_and_nothing_else():
+    roots = {name.split(".")[0] for name in imports(PACKAGE / "objective.py")}
+    assert roots - sys.stdlib_module_names == {"torch"}
+    assert not any(name.startswith("torch.distributed") for name in imports(PACKAGE / "objective.py"))
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["config", "types", "conversion.rules", "conversion.shape", "rollout.client"])
+def test_imports_no_torch(name):
+    done = run(f"import sys, megatron_rlsc.{name}; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["train", "--help"]
+try:
+    runpy.run_module("megatron_rlsc.train", run_name="__main__")
+finally:
+    print("heavy:", sorted({"torch", "megatron", "transformers", "numpy"} & sys.modules.keys()))
+"""
+
+
+def test_help_answers_at_once_and_without_torch():
+    """Half a second on an idle machine; three here, since tests share theirs. Better of two: the first fills caches."""
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        done = run(HELP)
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0, done.stderr
+        assert "--tensor-model-parallel-size" in done.stdout
+        assert "heavy: []" in done.stdout
+    assert min(seconds) < 3
