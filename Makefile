@@ -1,0 +1,30 @@
+# `make test` is what CI runs. Ready environments may be named:
+#     make test TRAINER_PYTHON=/path/to/python RLSC_SIDECAR_PYTHON=/path/to/python
+
+.PHONY: test lint format clean environments
+
+ifndef TRAINER_PYTHON
+TRAINER_PYTHON := $(CURDIR)/.venv/bin/python
+ENVIRONMENTS := environments
+endif
+
+# The hooks of .pre-commit-config.yaml and the tests find their programs here.
+export PATH := $(dir $(TRAINER_PYTHON)):$(PATH)
+export RLSC_SIDECAR_PYTHON ?= $(CURDIR)/.venv-sidecar/bin/python
+
+test: lint
+	$(TRAINER_PYTHON) -m pytest
+
+lint: $(ENVIRONMENTS)
+	$(TRAINER_PYTHON) -m pre_commit run --all-files
+
+format: $(ENVIRONMENTS)
+	ruff check --fix .
+	ruff format .
+
+environments:
+	bash tools/setup_env.sh
+
+clean:
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build ./*.egg-info
+	find megatron_rlsc tests tools -name __pycache__ -type d -exec rm -rf {} +
