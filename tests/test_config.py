@@ -81,7 +81,7 @@ def test_a_flag_overrides_the_recipe_wherever_it_stands(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[objective]\nalph = 0.1", r"recipe\.toml: unknown alpha_"),
+        ("[objective]\nalpha_ = 0.1", r"recipe\.toml: unknown alpha_"),
         ("[objectives]\nalpha = 0.1", r"recipe\.toml: unknown objectives"),
         ("alpha = 0.1", r"recipe\.toml: unknown alpha"),
         ('[objective]\nalpha = "0.1"', r"recipe\.toml: .*objective\.alpha"),
