@@ -16,7 +16,7 @@ from megatron_rlsc.rollout.wire import SERVED_MODEL_NAME, bearer
 from megatron_rlsc.types import Prompt, Sample
 
 CONNECT_ATTEMPTS = 3
-"""Of a request whose connection is refused or breaks before it is up. An answer, good or bad, is never asked for again."""
+"""Of one request, while its connection is refused. What has been answered, well or badly, is never asked for again."""
 
 
 class RolloutError(RuntimeError):
@@ -178,7 +178,7 @@ class RolloutClient:
         if self._max_model_len is not None and needed > self._max_model_len:
             raise RolloutError(
                 f"a prompt of {prompt_length} tokens and a response of {self._max_response_length} need {needed}, the "
-                f"sidecar holds {self._max_model_len}: lower max_response_length, or serve with a larger --max-model-len"
+                f"sidecar holds {self._max_model_len}: lower max_response_length, or raise its --max-model-len"
             )
 
 

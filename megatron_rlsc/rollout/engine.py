@@ -38,7 +38,7 @@ class FileInit(WeightTransferInitInfo):
 @dataclass
 class FileUpdate(WeightTransferUpdateInfo):
     file: str
-    """Bare name of a safetensors file in the push directory: HF names, whole tensors."""
+    """Name of a safetensors file in the push directory: HF names, whole tensors."""
     sha256: str
     """Hex digest of the file."""
 
@@ -66,9 +66,10 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         self._loaded = False
 
     def receive_weights(self, update_info: FileUpdate) -> None:
-        if Path(update_info.file).name != update_info.file:
-            raise ValueError(f"{update_info.file!r} is not the bare name of a file")
-        path = private_directory() / update_info.file
+        directory = private_directory()
+        if update_info.file not in os.listdir(directory):
+            raise ValueError(f"{update_info.file!r} is no file of the push directory")
+        path = directory / update_info.file
         if (found := file_sha256(path)) != update_info.sha256:
             raise ValueError(f"the file's sha256 is {found}, the trainer announced {update_info.sha256}")
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -85,7 +86,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         """Nothing is held between updates."""
 
     def _expected_specs(self) -> dict[str, str]:
-        """What a whole model is, from its HF config: an opinion that owes nothing to the file. Tied copies count once."""
+        """What a whole model is, from its HF config: it owes nothing to the file. Tied copies count once."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.model_config.hf_config, dtype=self.model_config.dtype)
         return {name: f"{_dtype_name(value.dtype)} {list(value.shape)}" for name, value in model.named_parameters()}

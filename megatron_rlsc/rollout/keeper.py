@@ -2,36 +2,40 @@
 
 vLLM is a tree of processes that survives the death of its root, and a trainer killed with SIGKILL cleans up nothing.
 So the trainer starts this file (standard library only, no imports of ours), and this file starts the tree, in a
-session of its own. Whichever ends first - the trainer, the command, or us by SIGTERM - the whole session is killed and
-the run directory removed.
+session of its own. Whichever ends first - the trainer, the command, or us by SIGTERM - the whole tree is ended, and its
+shared memory and the run directory are removed. Linux only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 KEEPER_VARIABLE = "RLSC_KEEPER_PID"
 GRACE_SECONDS = 10.0
-"""From SIGTERM, on which vLLM unlinks its shared memory, to SIGKILL."""
+"""From SIGTERM, on which vLLM unlinks most of its shared memory, to SIGKILL."""
 
+_POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_)\S+")
+"""Shared memory as multiprocessing and vLLM name it."""
 
 
 def die_with(parent: int) -> None:
-    """SIGTERM to this process when its parent, process `parent`, dies; at once if it already has. Linux only.
+    """SIGTERM to this process when its parent, process `parent`, dies; at once if it already has.
 
     The kernel ties this to the parent's *thread* that started us, so a trainer starts its sidecar on its main thread.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -51,28 +55,63 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     try:
         die_with(parent)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the tree become our children, so that we can wait for them
         environment = {**os.environ, KEEPER_VARIABLE: str(os.getpid())}
-        child = subprocess.Popen(command, start_new_session=True, env=environment)
+        leader = subprocess.Popen(command, start_new_session=True, env=environment).pid
         try:
-            return child.wait()
+            return os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            _end_session(child)
+            _end_session(leader)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _end_session(leader: subprocess.Popen[bytes]) -> None:
-    leader.terminate()
+def _end_session(session: int) -> None:
+    segments = _segments_of(session)
+    _signal_session(session, signal.SIGTERM)
+    if not _reaped(time.monotonic() + GRACE_SECONDS):
+        print(f"keeper: not all ended within {GRACE_SECONDS:g} s of SIGTERM; killing the rest", file=sys.stderr)
+        _signal_session(session, signal.SIGKILL)
+        _reaped(time.monotonic() + GRACE_SECONDS)
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _signal_session(session: int, signum: signal.Signals) -> None:
     try:
-        leader.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        print(f"keeper: no end within {GRACE_SECONDS} s of SIGTERM, killing", file=sys.stderr)
-    try:
-        os.killpg(leader.pid, signal.SIGKILL)  # pid is the group's: the leader began its session
+        os.killpg(session, signum)
     except ProcessLookupError:
-        return  # nothing was left of it
-    leader.wait()
+        return  # nothing is left of it
+
+
+def _reaped(deadline: float) -> bool:
+    """Waits for all children, orphans of the tree included. False if some are still there at the deadline."""
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(_POLL_SECONDS)
+        except ChildProcessError:
+            return True
+    return False
+
+
+def _segments_of(session: int) -> set[Path]:
+    """Shared memory that the session's processes have mapped: what they leave behind if they cannot end in order."""
+    segments: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(process.name)) == session:
+                segments |= {Path(name) for name in _SEGMENT.findall((process / "maps").read_text())}
+        except (ProcessLookupError, FileNotFoundError, PermissionError):
+            continue  # ended meanwhile, or not ours
+    return segments
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {argument})")
 
 
 if __name__ == "__main__":

@@ -43,15 +43,26 @@ class WeightSync:
     rollback can bring a version back.
     """
 
-    def __init__(self, url: str, *, key: str, timeout: float, push_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str,
+        timeout: float,
+        push_dir: Path | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         """
         Args:
             url: the sidecar's, http://host:port.
             key: its secret.
             timeout: seconds that each phase of a push may take.
             push_dir: where the sidecar's push directory is mounted here, if not where the sidecar says.
+            transport: in place of the network, in tests.
         """
-        self._http = httpx.Client(base_url=url, headers=bearer(key), timeout=timeout, trust_env=False)
+        self._http = httpx.Client(
+            base_url=url, headers=bearer(key), timeout=timeout, transport=transport, trust_env=False
+        )
         self._directory = push_dir
         self._initialized = False
         self._run_id = secrets.token_hex(6)
@@ -69,7 +80,8 @@ class WeightSync:
         sidecar's words; after one inside the update, every later push raises too, since what the sidecar then holds is
         unknown: restart it.
         """
-        tensors = {name: _on_host(name, value) for name, value in weights}
+        tensors = {name: _on_host(value) for name, value in weights}  # to its end first: other ranks gather along
+        _require_finite(tensors)
         if self._failure:
             raise SyncError(f"an earlier push failed, restart the sidecar: {self._failure}")
         directory = self._initialize()
@@ -133,9 +145,13 @@ def _phase(name: str) -> Iterator[None]:
         raise SyncError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _on_host(name: str, tensor: Tensor) -> Tensor:
-    """A copy in host memory: the stream may use one buffer for all. Raises SyncError on NaN or infinity, which vLLM
-    would take in silence and answer with token 0."""
-    if not torch.isfinite(tensor).all():
-        raise SyncError(f"gather: {name} {list(tensor.shape)} is not finite; nothing was sent")
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory: the stream may use one buffer for all that it yields."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _require_finite(tensors: dict[str, Tensor]) -> None:
+    """Raises SyncError on NaN or infinity: vLLM would take it in silence and answer with token 0."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise SyncError(f"gather: {len(bad)} of {len(tensors)} tensors are not finite, {bad[0]} first; nothing was sent")

@@ -1,4 +1,4 @@
-"""What the trainer's side and the sidecar's side must spell alike. Standard library only: both environments import it."""
+"""What the trainer's side and the sidecar's side must spell alike. Standard library only: both import it."""
 
 from __future__ import annotations
 
