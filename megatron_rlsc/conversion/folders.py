@@ -22,8 +22,8 @@ def hf_config_dir(folder: Path) -> Path:
         return folder
     if not (folder / "hf" / "config.json").is_file():
         raise ValueError(
-            f"the Megatron checkpoint {folder} has no hf/config.json: convert it with tools/convert_hf.py, which carries "
-            f"the model's config and tokenizer along, or put them there"
+            f"the Megatron checkpoint {folder} has no hf/config.json: convert it with tools/convert_hf.py, which "
+            f"carries the model's config and tokenizer along, or put them there"
         )
     return folder / "hf"
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -99,22 +98,22 @@ def write_hf(
     if overwrite and hf_dir.is_dir() and any(hf_dir.iterdir()) and not (hf_dir / CONFIG).exists():
         raise ValueError(f"{hf_dir} is not overwritten: it holds no {CONFIG}, so it is something other than a model")
     with whole_folder(hf_dir, overwrite=overwrite) as folder:
-        stream = iter(weights)
-        first = next(stream, None)
-        if first is None:
-            raise ValueError(f"{hf_dir}: no weights to write")
-        dtype = first[1].dtype
-        entries = _create_files(folder, expected, dtype, max_shard_size)
+        dtype: torch.dtype | None = None
         written: dict[str, tuple[int, ...]] = {}
-        for name, tensor in chain([first], stream):
+        for name, tensor in weights:
+            if dtype is None:
+                dtype = tensor.dtype
+                entries = _create_files(folder, expected, dtype, max_shard_size)
             if name in written:
                 raise ValueError(f"{name} comes twice in the stream of weights")
             if tensor.dtype != dtype:
-                raise ValueError(f"{name} is {tensor.dtype}, {first[0]} was {dtype}: cast them to one dtype")
+                raise ValueError(f"{name} is {tensor.dtype}, the tensors before it {dtype}: cast them to one dtype")
             written[name] = tuple(tensor.shape)
             if written[name] == expected.get(name):  # what differs is in the report below
                 tensor_file.write_tensor(entries[name], tensor)
+            del tensor  # before the stream makes the next one
         _check(hf_dir, written, expected)
+        assert dtype is not None
         copy_config_files(reference_dir, folder)
         _set_dtype(folder / CONFIG, dtype)
 

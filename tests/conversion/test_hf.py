@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -220,6 +221,20 @@ def test_a_shard_is_filled_up_to_its_size(untied, tmp_path):
     assert sorted(sizes) == [f"model-{i:05d}-of-{len(sizes):05d}.safetensors" for i in range(1, len(sizes) + 1)]
 
 
+def test_one_tensor_is_in_memory_at_a_time(untied, tmp_path):
+    def stream():
+        for name, tensor in untied.state.items():
+            copy = tensor.clone()
+            alive.append(weakref.ref(copy))
+            yield name, copy
+            del copy
+            assert alive[-1]() is None
+
+    alive = []
+    write_hf(tmp_path / "out", stream(), reference_dir=untied.hf_dir)
+    assert len(alive) == len(untied.state)
+
+
 def test_the_config_names_the_dtype_and_nothing_else_changes(untied, tmp_path):
     write_hf(tmp_path / "same", untied.state.items(), reference_dir=untied.hf_dir)
     assert (tmp_path / "same/config.json").read_bytes() == (untied.hf_dir / "config.json").read_bytes()
@@ -244,7 +259,7 @@ def drop(state):
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (lambda state: [], "no weights"),
+        (lambda state: [], r"missing model\.embed_tokens\.weight"),
         (drop, r"missing model\.norm\.weight \(32,\)"),
         (lambda state: [*state.items(), ("extra", torch.ones(1))], r"unexpected extra \(1,\)"),
         (lambda state: [*state.items(), ("lm_head.weight", torch.ones(1))], r"lm_head\.weight comes twice"),
