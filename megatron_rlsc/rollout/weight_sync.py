@@ -154,4 +154,6 @@ def _require_finite(tensors: dict[str, Tensor]) -> None:
     """Raises SyncError on NaN or infinity: vLLM would take it in silence and answer with token 0."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise SyncError(f"gather: {len(bad)} of {len(tensors)} tensors are not finite, {bad[0]} first; nothing was sent")
+        raise SyncError(
+            f"gather: {len(bad)} of {len(tensors)} tensors are not finite, {bad[0]} first; nothing was sent"
+        )

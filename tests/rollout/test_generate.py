@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import PROMPTS, TinyModel, build_client
+from served_tiny import PROMPTS, TinyModel, build_client
 
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError, request_seed
 from megatron_rlsc.rollout.sidecar import Sidecar

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import PROMPTS, TinyModel, build_client
+from served_tiny import PROMPTS, TinyModel, build_client
 
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.rollout.responses import StaleSampleError

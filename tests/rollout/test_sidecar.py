@@ -1,0 +1,127 @@
+"""The sidecar's life: what stops it from starting, and what becomes of it when the trainer is killed.
+
+Not covered: GPUs, several replicas, a sidecar that hangs without dying.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from served_tiny import MAX_MODEL_LEN, PROMPTS, build_client, build_tiny
+
+from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
+from megatron_rlsc.rollout.weight_sync import WeightSync
+
+
+def build_sidecar(python: Path, model_dir: Path, tmp_path: Path, *, port: int = 0, timeout: float = 120) -> Sidecar:
+    return Sidecar(
+        python,
+        model_dir,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        seed=1,
+        log_path=tmp_path / "logs" / "vllm.log",
+        port=port,
+        timeout=timeout,
+        push_root=tmp_path,
+    )
+
+
+def test_an_environment_without_vllm_is_named_with_the_remedy(tmp_path: Path) -> None:
+    """The trainer's own environment is one."""
+    with pytest.raises(SidecarError, match=r"has no vLLM: `bash tools/setup_env\.sh`"):
+        build_sidecar(Path(sys.executable), tmp_path, tmp_path).start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_python_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(SidecarError, match=r"no Python at .*/nowhere \(No such file.*setup_env\.sh"):
+        build_sidecar(tmp_path / "nowhere", tmp_path, tmp_path).start()
+
+
+def test_a_port_in_use_is_named(sidecar_python: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SidecarError, match=rf"port {port} of 127\.0\.0\.1: Address already in use"):
+            build_sidecar(sidecar_python, tmp_path, tmp_path, port=port).start()
+
+
+def test_a_sidecar_that_dies_at_the_start_shows_its_last_words(sidecar_python: Path, tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    (model_dir / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')
+    with build_sidecar(sidecar_python, model_dir, tmp_path) as sidecar:
+        with pytest.raises(SidecarError, match=r"(?s)ended with status 1. The end of .*vllm\.log:.*no_such_model"):
+            sidecar.wait_until_ready()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "model"]
+
+
+def test_a_sidecar_that_is_not_ready_in_time_is_given_up(sidecar_python: Path, tmp_path: Path) -> None:
+    with build_sidecar(sidecar_python, tmp_path, tmp_path, timeout=0.5) as sidecar:
+        with pytest.raises(SidecarError, match=r"generated nothing within 0\.5 s"):
+            sidecar.wait_until_ready()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_rlsc.rollout.sidecar import Sidecar
+python, model_dir, log_path, max_model_len = sys.argv[1:]
+sidecar = Sidecar(Path(python), Path(model_dir), dtype="float32", max_model_len=int(max_model_len), seed=1,
+                  log_path=Path(log_path), timeout=180)
+sidecar.start()
+sidecar.wait_until_ready()
+print(sidecar.url, sidecar.key, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: Path) -> None:
+    """The trainer is another process, its model is untied, and it is killed with responses in flight."""
+    tiny = build_tiny(tmp_path / "model", tied=False)
+    shared_memory = set(Path("/dev/shm").iterdir())
+    command = [sys.executable, "-c", TRAINER, sidecar_python, tiny.folder, tmp_path / "vllm.log", MAX_MODEL_LEN]
+    trainer = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    url, key = trainer.stdout.readline().split()
+
+    sync = WeightSync(url, key=key, timeout=60)
+    for _ in range(2):
+        version = sync.push(tiny.weights().items())
+        samples = build_client(url, key).generate(PROMPTS, step=0, version=version)
+        assert tiny.largest_difference(samples) < 1e-4
+        tiny.step()
+
+    tree = descendants(trainer.pid)
+    assert len(tree) >= 3  # keeper, API server, engine
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in tree if is_running(pid)]:
+        assert time.monotonic() < deadline, f"{left} of {tree} outlived the trainer"
+        time.sleep(0.1)
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Zombies, which a container's process 1 may never collect, have ended."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
