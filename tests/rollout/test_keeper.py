@@ -26,7 +26,8 @@ time.sleep(300)
 
 OWNER = """
 import mmap, time
-segment = mmap.mmap(open("/dev/shm/NAME", "r+b").fileno(), 4096)
+file = open("/dev/shm/NAME", "r+b")
+segment = mmap.mmap(file.fileno(), 4096)
 print("up", flush=True)
 time.sleep(300)
 """
