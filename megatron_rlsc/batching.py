@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_rlsc.types import MicroBatch, Sample
 
@@ -62,7 +63,11 @@ def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list
 def build_micro_batch(samples: Sequence[Sample], sample_ids: Sequence[int], *, device: torch.device) -> MicroBatch:
     """Lays the samples end to end. `sample_ids` are their rows in the global batch."""
     tokens: list[int] = []
-    bounds, positions, targets, segments, rollout_logprobs = [0], [], [], [], []
+    bounds = [0]
+    positions: list[int] = []
+    targets: list[int] = []
+    segments: list[int] = []
+    rollout_logprobs: list[float] = []
     for document, sample in enumerate(samples):
         first = len(tokens) + len(sample.prompt_token_ids) - 1
         positions.extend(range(first, first + len(sample.response_token_ids)))
@@ -72,16 +77,19 @@ def build_micro_batch(samples: Sequence[Sample], sample_ids: Sequence[int], *, d
         tokens.extend(sample.prompt_token_ids)
         tokens.extend(sample.response_token_ids)
         bounds.append(len(tokens))
-    int64 = {"dtype": torch.int64, "device": device}
+
+    def ids(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
     return MicroBatch(
-        tokens=torch.tensor(tokens, **int64),
+        tokens=ids(tokens),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
         max_seqlen=max(sample.length for sample in samples),
-        positions=torch.tensor(positions, **int64),
-        targets=torch.tensor(targets, **int64),
-        segments=torch.tensor(segments, **int64),
+        positions=ids(positions),
+        targets=ids(targets),
+        segments=ids(segments),
         rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32, device=device),
-        sample_ids=torch.tensor(sample_ids, **int64),
+        sample_ids=ids(sample_ids),
     )
 
 

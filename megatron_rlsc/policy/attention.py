@@ -62,7 +62,9 @@ class PackedAttention(torch.nn.Module):
         k = key.repeat_interleave(groups, dim=1).transpose(0, 1)
         v = value.repeat_interleave(groups, dim=1).transpose(0, 1)
         documents = [
-            F.scaled_dot_product_attention(q_doc[None], k_doc[None], v_doc[None], is_causal=True, scale=self.softmax_scale)
+            F.scaled_dot_product_attention(
+                q_doc[None], k_doc[None], v_doc[None], is_causal=True, scale=self.softmax_scale
+            )
             for q_doc, k_doc, v_doc in zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
         ]
         return torch.cat(documents, dim=2)[0].transpose(0, 1).flatten(1)

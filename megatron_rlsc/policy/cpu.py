@@ -189,7 +189,9 @@ def install() -> None:
     _name_cpu_types(distributed.DistributedOptimizer._build_model_and_main_param_groups.__func__)
 
     # language_module.py:244 moves the tied embedding of the last stage to CUDA to all-reduce it.
-    _without_cuda_moves(_core("models.common.language_module.language_module").LanguageModule, "setup_embeddings_and_output_layer")
+    _without_cuda_moves(
+        _core("models.common.language_module.language_module").LanguageModule, "setup_embeddings_and_output_layer"
+    )
     # distrib_optimizer.py gathers a checkpoint's shards through CUDA buffers.
     _without_cuda_moves(distributed.DistributedOptimizer, "get_parameter_state_dp_zero")
 

@@ -112,9 +112,7 @@ class Policy:
                 real = result["sample_ids"] >= 0
                 table[result["sample_ids"][real]] = result["rows"][real]
         logprobs, entropy, lengths, difference = self.parallel.sum(table).cpu().unbind(1)
-        return ResponseScores(
-            logprobs=logprobs, entropy=entropy, lengths=lengths.long(), rollout_difference=difference
-        )
+        return ResponseScores(logprobs=logprobs, entropy=entropy, lengths=lengths.long(), rollout_difference=difference)
 
 
 def _forward_step(data_iterator: Iterator[MicroBatch], model: Any, *, objective: Objective | None) -> tuple[Any, Any]:

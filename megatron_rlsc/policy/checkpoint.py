@@ -1,0 +1,138 @@
+"""Megatron distributed checkpoints (`torch_dist`) of a policy: saved at one layout, loaded at any."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rlsc.conversion.folders import set_latest, step_dir
+from megatron_rlsc.policy.model import LogprobGPTModel
+from megatron_rlsc.policy.parallel import Parallel
+
+# Optimizer shards that any TP x PP x DP can load again.
+RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+# All that torch.distributed.checkpoint and Megatron pickle into `.metadata`, and dtypes. Whole names, never modules: a
+# pickle reaches `os.system` through any module that imports os.
+METADATA_GLOBALS = {
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner.SavePlan",
+    "torch.distributed.checkpoint.planner.TensorWriteData",
+    "torch.distributed.checkpoint.planner.WriteItem",
+    "torch.distributed.checkpoint.planner.WriteItemType",
+    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int | None,
+    *,
+    model: LogprobGPTModel,
+    parallel: Parallel,
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> Path:
+    """Writes `folder/iter_NNNNNNN` (or `release`, for step None) beside its place, moves it there, and names it latest.
+
+    A collective; the folder must be shared by all ranks. Without an optimizer only the weights are saved.
+    """
+    final = step_dir(folder, step)
+    partial = final.with_name(f".{final.name}.partial")
+    if parallel.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parallel.barrier()
+    state = _state(model, optimizer, schedule, is_loading=False)
+    dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=RESHARDABLE)
+    parallel.barrier()
+    if parallel.rank == 0:
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        set_latest(folder, step)
+    parallel.barrier()
+    return final
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    model: LogprobGPTModel,
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> int | None:
+    """Fills the model, and the optimizer and its schedule where given, from one step's folder. Returns its step.
+
+    A collective. Raises ValueError where the file could run code, or names do not match.
+    """
+    check_metadata(path / ".metadata")
+    state = _state(model, optimizer, schedule, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise ValueError(f"{path} does not hold this model: {error}") from None
+    model.load_state_dict(loaded["model"], strict=True)
+    if optimizer is not None and schedule is not None:
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
+        schedule.load_state_dict(loaded["opt_param_scheduler"])
+    return loaded["iteration"]
+
+
+def _state(
+    model: LogprobGPTModel,
+    optimizer: MegatronOptimizer | None,
+    schedule: OptimizerParamScheduler | None,
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """Under Megatron-LM's own names (megatron/training/checkpointing.py)."""
+    weights = model.sharded_state_dict(metadata=RESHARDABLE)
+    state: dict[str, Any] = {"model": weights, "checkpoint_version": 3.0}
+    if optimizer is not None and schedule is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=RESHARDABLE)
+        state["opt_param_scheduler"] = schedule.state_dict()
+    return state
+
+
+def check_metadata(path: Path) -> None:
+    """Raises ValueError unless a `.metadata` file needs nothing but the classes that torch writes into it.
+
+    torch.distributed.checkpoint unpickles that file, and a pickle may run anything: so it is read once with an
+    unpickler that knows the allow-list alone.
+    """
+
+    class AllowListed(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if f"{module}.{name}" in METADATA_GLOBALS:
+                return super().find_class(module, name)
+            raise ValueError(
+                f"{path} would run {module}.{name}: it is no checkpoint that Megatron wrote; do not load it"
+            )
+
+    try:
+        with path.open("rb") as file:
+            AllowListed(file).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is no torch_dist checkpoint: it has no {path.name}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
