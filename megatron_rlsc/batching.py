@@ -94,9 +94,9 @@ def build_micro_batch(samples: Sequence[Sample], sample_ids: Sequence[int], *, d
 
 
 def pack(
-    samples: Sequence[Sample], *, dp_rank: int, dp_size: int, max_tokens: int, device: torch.device
+    samples: Sequence[Sample], dp_rank: int, dp_size: int, max_tokens: int, device: torch.device
 ) -> list[MicroBatch]:
-    """One replica's micro-batches of the global batch. A pack that would be empty holds the shortest sample as filler."""
+    """One replica's micro-batches of the global batch; where a pack would be empty, the shortest sample fills it."""
     plan = plan_packs([sample.length for sample in samples], dp_size=dp_size, max_tokens=max_tokens)
     shortest = min(samples, key=lambda sample: sample.length)
     return [

@@ -7,6 +7,7 @@ section (`[parallel]`). Names are Megatron's and vLLM's where they have one.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class RolloutConfig:
     repetition_penalty: float = 1.0
     """Must stay 1: a penalised distribution is not p_old."""
     rollout_url: str | None = None
-    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Its key: RLSC_ROLLOUT_KEY."""
+    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Key: RLSC_ROLLOUT_KEY."""
     sidecar_python: Path = Path(sys.executable)
     """Python of the environment that has vLLM."""
     sidecar_tensor_parallel_size: int = 1
@@ -112,24 +113,30 @@ class RolloutConfig:
     """GiB of KV cache of a CPU sidecar."""
     sidecar_timeout: float = 600.0
     """Seconds until the sidecar must generate, and until a weight update must end."""
+    rollout_timeout: float = 7200.0
+    """Seconds until a question's responses must be there, the queue before it included."""
     max_logprob_difference: float | None = None
     """The largest |sampler - trainer| log-probability of a token, above which the run stops: the sampler then does not
     hold the policy's weights. Default 1e-3 in float32; 1.0 in bfloat16, where it catches gross errors alone."""
     replay_rollouts: Path | None = None
     """Train from this journal (a run's rollouts/ folder) without a sidecar."""
 
+    def difference_limit(self, *, bf16: bool) -> float:
+        """`max_logprob_difference`, or its default for the dtype; nats."""
+        return (1.0 if bf16 else 1e-3) if self.max_logprob_difference is None else self.max_logprob_difference
+
     def __post_init__(self) -> None:
         _require(self.samples_per_prompt > 0, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         _require(
-            self.temperature > 0,
-            f"temperature {self.temperature} is not positive: greedy responses are no samples from p_old",
+            0 < self.temperature < math.inf,
+            f"temperature must be positive and finite, not {self.temperature}: greedy responses are no samples",
         )
         _require(self.max_response_length > 0, "max_response_length must be at least 1")
         for name, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
             _require(
                 getattr(self, name) == neutral,
-                f"{name}={getattr(self, name)} is refused in training: its samples would not come from p_old, which the "
-                f"loss takes them for. Leave it at {neutral}.",
+                f"{name}={getattr(self, name)} is refused in training: its samples would not come from p_old, which "
+                f"the loss takes them for. Leave it at {neutral}.",
             )
 
 
@@ -247,8 +254,12 @@ def dump_recipe(config: Config) -> str:
     return tomli_w.dumps(plain(dataclasses.asdict(config)))
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
-    """`--config RECIPE.toml` first, wherever it stands, then the flags over it. Raises ValueError on bad values."""
+def parse_config(argv: list[str] | None = None, *, console_outputs: bool = True) -> Config:
+    """`--config RECIPE.toml` first, wherever it stands, then the flags over it.
+
+    Raises ValueError on bad values, and SystemExit after `--help` and on unknown flags; those are silent without
+    `console_outputs`, for all ranks but one.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = Config()
     for i, word in enumerate(argv):
@@ -258,4 +269,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
             del argv[i : i + (1 if "=" in word else 2)]
             default = load_recipe(Path(path))
             break
-    return tyro.cli(Config, default=default, args=argv, description=f"{Config.__doc__}\n\n--config RECIPE.toml is read first.")
+    return tyro.cli(
+        Config,
+        prog="python -m megatron_rlsc.train",
+        description=f"{Config.__doc__}\n\n--config RECIPE.toml is read first, flags override it.",
+        default=default,
+        args=argv,
+        console_outputs=console_outputs,
+    )

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlsc.types import Prompt, Sample
+from megatron_rlsc.types import Sample
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
 TUPLES = ("prompt_token_ids", "response_token_ids", "rollout_logprobs")
@@ -70,14 +70,3 @@ class Journal:
         if not samples:
             raise ValueError(f"{path} is empty")
         return samples
-
-
-class ReplayedRollouts:
-    """Stands where the rollout client stands, and answers from a journal instead of a sampler."""
-
-    def __init__(self, folder: Path) -> None:
-        self.journal = Journal(folder)
-
-    def generate(self, prompts: Sequence[Prompt], *, step: int, version: str) -> list[Sample]:
-        """What the journal holds of this step; the prompts and the version are the journal's own."""
-        return self.journal.read(step)

@@ -1,9 +1,10 @@
-"""What crosses from one file to the next: a prompt, a sample of its response, a packed micro-batch, a step's figures."""
+"""What crosses from one file to the next: a prompt, a sample of its response, a micro-batch, a step's figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # the rollout client and `--help` never pay for torch
     from torch import Tensor
@@ -94,3 +95,58 @@ class ResponseScores:
     """[B] int64, response tokens, the stop token included."""
     rollout_difference: Tensor
     """[B] float64, the largest |log p of the policy - log p of the sampler| of a token."""
+
+
+def _tag(tag: str) -> Any:
+    """A figure, under its name in TensorBoard and metrics.jsonl."""
+    return field(metadata={"tag": tag})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """What can be said of a step without a label. B responses; p is p_old(y|x), a whole response's probability."""
+
+    loss: float = _tag("loss")
+    """Mean over responses of -(p + alpha) log p, after the shift of batch-max."""
+    confidence: float = _tag("confidence/mean")
+    """Mean p: the estimate of F = E_{y~p}[p(y|x)], which RLSC raises."""
+    log_confidence: float = _tag("confidence/log_mean")
+    """log of the same, exact where exp underflows; nats."""
+    identical_share: float = _tag("confidence/identical_share")
+    """Share of equal pairs among the siblings of a group: F again, by counting."""
+    token_probability: float = _tag("confidence/token_probability")
+    """exp(mean token log p)."""
+    negligible_share: float = _tag("weights/negligible_share")
+    """Share of responses with p below alpha / 100, which alpha alone weighs."""
+    effective_samples: float = _tag("weights/effective_samples")
+    """(sum w)^2 / sum w^2 of the weights p + alpha: B when all weigh alike, 1 when one response is everything."""
+    underflow: bool = _tag("weights/underflow")
+    """Every weight is 0 in float32: the step learns nothing."""
+    token_entropy: float = _tag("policy/token_entropy")
+    """Mean over response tokens, at the sampling temperature; nats."""
+    response_length: float = _tag("rollout/response_length")
+    """Mean tokens."""
+    truncated_share: float = _tag("rollout/truncated_share")
+    """Share of responses cut at the limit."""
+    logprob_difference: float = _tag("rollout/logprob_difference")
+    """Largest |log p of the sampler - log p of the trainer| of a token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """One step, as it is logged."""
+
+    step: int
+    """Counted from 1."""
+    health: Health
+    gradient_norm: float = _tag("optimizer/gradient_norm")
+    """Before clipping."""
+    learning_rate: float = _tag("optimizer/learning_rate")
+    weight_shift: float = _tag("weights/shift")
+    """Of batch-max: the largest log(p + alpha); 0 without."""
+    pushes: int = _tag("sync/pushes")
+    """Weight updates that the sampler has had since the run began or was resumed."""
+    tokens_per_second: float = _tag("speed/tokens_per_second")
+    """Response tokens over the whole step's seconds."""
+    seconds: Mapping[str, float]
+    """Of each phase, under `time/`."""

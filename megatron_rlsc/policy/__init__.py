@@ -6,3 +6,6 @@ import warnings
 # are used), and that defaults of its own are deprecated.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
+# Said by torch of what megatron-core's checkpoints call.
+warnings.filterwarnings("ignore", message=".*DTensor instead and we are deprecating ShardedTensor.*")
+warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated.*", category=FutureWarning)

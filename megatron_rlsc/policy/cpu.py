@@ -130,7 +130,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _name_cpu_types(function: Any) -> None:
-    """Turns the constants 'torch.cuda.FloatTensor' and the like, which `param.type()` is compared with, into CPU ones."""
+    """Turns the constants 'torch.cuda.FloatTensor' and so on, which `param.type()` is compared with, into CPU ones."""
 
     def renamed(constant: Any) -> Any:
         if isinstance(constant, tuple):
@@ -195,7 +195,7 @@ def install() -> None:
     # distrib_optimizer.py gathers a checkpoint's shards through CUDA buffers.
     _without_cuda_moves(distributed.DistributedOptimizer, "get_parameter_state_dp_zero")
 
-    # Without apex and Transformer Engine megatron takes torch's AdamW, whose checkpoints the distributed optimizer refuses.
+    # Without apex and TE megatron takes torch's AdamW, whose checkpoints the distributed optimizer refuses.
     _core("optimizer").Adam = distributed.Adam = FusedAdam
     _core("optimizer").USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of tokens under a vocabulary sharded over TP, never holding more logits than a chunk's."""
+"""Log-probabilities and entropy of tokens, the vocabulary sharded over TP, one chunk's logits in memory at a time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _own_targets(targets: Tensor, first: int, present: int) -> tuple[Tensor, Ten
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -90,7 +90,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return sums[2] - lse, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse = ctx.saved_tensors
         temperature, first, present, group, chunk_tokens = ctx.shard
         grad_hidden = torch.zeros_like(hidden)

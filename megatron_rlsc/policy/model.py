@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_rlsc.config import ModelConfig, ParallelConfig
@@ -22,6 +23,7 @@ from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.attention import PackedAttention
 from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
+from megatron_rlsc.policy.norm import RMSNorm
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.types import MicroBatch
 
@@ -38,7 +40,7 @@ class LogprobGPTModel(GPTModel):
         self.chunk_tokens = chunk_tokens
         self.real_vocab_size = real_vocab_size
 
-    def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, [n] float32 each, at `temperature`; on a stage
         before the last, the hidden states [t, 1, h]."""
         packed = PackedSeqParams(
@@ -96,7 +98,7 @@ def build_model(
     config = _transformer_config(shape, layout, parallel, dtype)
     return LogprobGPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(spec),
+        transformer_layer_spec=_block_spec(spec, config),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel.is_first_stage,
@@ -110,12 +112,13 @@ def build_model(
     ).to(parallel.device)
 
 
-def _layer_spec(spec: Spec) -> ModuleSpec:
+def _block_spec(spec: Spec, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     if spec == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return layer
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
 def _transformer_config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rlsc.config import Config
+from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
+from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model, choose_spec
 from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
 from megatron_rlsc.types import MicroBatch, ResponseScores
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(log p_theta [d], rows of the global batch [d]) -> losses [d]."""
+Objective = Callable[[Tensor], Tensor]
+"""log p_theta of d responses, [d] -> their losses, [d]."""
 
 
 class Policy:
@@ -47,7 +51,7 @@ class Policy:
         )
         self.model.config.grad_scale_func = self.optimizer.scale_loss
 
-    def score(self, micro_batches: Sequence[MicroBatch], *, num_samples: int) -> ResponseScores:
+    def score(self, micro_batches: Sequence[MicroBatch], num_samples: int) -> ResponseScores:
         """What the policy says of every response of the global batch; nothing is learned.
 
         Args:
@@ -58,7 +62,7 @@ class Policy:
             return self._run(micro_batches, None, num_samples)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, num_samples: int
+        self, micro_batches: Sequence[MicroBatch], num_samples: int, objective: Objective
     ) -> ResponseScores:
         """Scores every response and accumulates the gradient of the mean of `objective` over the global batch.
 
@@ -84,6 +88,28 @@ class Policy:
         """Takes the weights of an HF model; `read` returns a whole tensor by its HF name."""
         load_hf_weights(self.model, read, shape=self.shape, spec=self.spec, parallel=self.parallel)
         self.optimizer.reload_model_params()  # float32 master weights, where the model is in bfloat16
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of an HF model folder or of a Megatron checkpoint's newest step."""
+        if is_megatron_checkpoint(folder):
+            load_checkpoint(latest_checkpoint(folder), model=self.model)
+            self.optimizer.reload_model_params()
+        else:
+            self.load_hf_weights(open_weights(folder).tensor)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Weights, optimizer and schedule after `step`, as the newest checkpoint of `folder`."""
+        save_checkpoint(
+            folder, step, model=self.model, parallel=self.parallel, optimizer=self.optimizer, schedule=self.schedule
+        )
+
+    def resume(self, folder: Path) -> int:
+        """Everything that `save` wrote last, from any layout; returns its step."""
+        path = latest_checkpoint(folder)
+        step = load_checkpoint(path, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
+        if step is None:
+            raise ValueError(f"{path} is a converted model, not a step of a run: --load it instead of resuming")
+        return step
 
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) on rank 0, in HF's order; nothing elsewhere, but every rank must exhaust it."""
@@ -137,8 +163,7 @@ def _loss(
     loss = logprobs.new_zeros(())
     if objective is not None:
         # A filler is multiplied by zero rather than left out, so that its backward pass runs like any other.
-        losses = objective(logprobs, batch.sample_ids.clamp(min=0))
-        loss = (losses * real).sum()
+        loss = (objective(logprobs) * real).sum()
     with torch.no_grad():
         difference = (token_logprobs - batch.rollout_logprobs).abs()
         worst = difference.new_zeros(documents).scatter_reduce(0, batch.segments, difference, "amax")

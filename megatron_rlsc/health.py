@@ -1,0 +1,72 @@
+"""Is the run well? Figures of a step that need no label, from what was sampled and what the policy says of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rlsc.objective import log_weights, response_losses
+from megatron_rlsc.types import Health, ResponseScores, Sample
+
+NEGLIGIBLE = 0.01
+"""p_old counts as negligible beside alpha below this share of it."""
+
+
+def measure_health(samples: Sequence[Sample], scores: ResponseScores, *, alpha: float, shift: float) -> Health:
+    """The step's figures; `scores` are p_old's, in the order of `samples`."""
+    logprobs, tokens = scores.logprobs, int(scores.lengths.sum())
+    weights = (log_weights(logprobs, alpha) - shift).exp()
+    relative = (log_weights(logprobs, alpha) - log_weights(logprobs, alpha).max()).exp()
+    return Health(
+        loss=float(response_losses(logprobs, logprobs, alpha=alpha, shift=shift).mean()),
+        confidence=float(logprobs.exp().mean()),
+        log_confidence=float(logprobs.logsumexp(0)) - math.log(len(samples)),
+        identical_share=identical_share(samples),
+        token_probability=math.exp(float(logprobs.sum()) / tokens),
+        negligible_share=float((logprobs < math.log(NEGLIGIBLE * alpha)).double().mean()) if alpha > 0 else 0.0,
+        effective_samples=float(relative.sum() ** 2 / (relative**2).sum()),
+        underflow=bool((weights.float() == 0).all()),
+        token_entropy=float(scores.entropy.sum()) / tokens,
+        response_length=tokens / len(samples),
+        truncated_share=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        logprob_difference=float(scores.rollout_difference.max()),
+    )
+
+
+def identical_share(samples: Sequence[Sample]) -> float:
+    """The share of equal ordered pairs of siblings, over all groups: an estimate of F by counting.
+
+    A group of 4 responses a, a, a, b has 3 * 2 equal ordered pairs of 4 * 3: 0.5.
+    """
+    equal = pairs = 0
+    groups = Counter(sample.group for sample in samples)
+    for count in Counter((sample.group, sample.response_token_ids) for sample in samples).values():
+        equal += count * (count - 1)
+    for size in groups.values():
+        pairs += size * (size - 1)
+    return equal / pairs if pairs else 0.0
+
+
+def require_sound(scores: ResponseScores, gradient_norm: float, *, step: int, max_difference: float) -> None:
+    """Raises ValueError, before anything is learned, where a step's figures cannot be trusted.
+
+    That is: a log-probability or gradient is not finite, or the sampler's log-probabilities are not the policy's, which
+    means that the sampler does not hold the weights that are trained.
+    """
+    finite = torch.isfinite(scores.logprobs)
+    if not finite.all() or not math.isfinite(gradient_norm):
+        raise ValueError(
+            f"step {step}: {int((~finite).sum())} of {len(finite)} responses have a log-probability that is not "
+            f"finite, and the gradient norm is {gradient_norm}; no weight was changed. Lower --lr, or go on from an earlier "
+            f"checkpoint; the step's rollouts are in the journal"
+        )
+    worst = float(scores.rollout_difference.max())
+    if worst > max_difference:
+        raise ValueError(
+            f"step {step}: the sampler's log-probability of a token differs from the trainer's by {worst:.2g}, the "
+            f"limit is {max_difference:.2g} (--max-logprob-difference): these responses are not from the policy that is "
+            f"trained, its weights did not reach the sampler. No weight was changed"
+        )

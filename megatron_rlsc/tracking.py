@@ -1,0 +1,122 @@
+"""What a person watches: TensorBoard, metrics.jsonl, a progress bar, one line a step, and the phases' seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_rlsc.types import StepStats
+
+
+class Timer:
+    """Seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to the phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """The phases since the last lap, and starts anew."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class Tracker:
+    """Rank 0's view of a run, as `output_dir/metrics.jsonl` and `output_dir/tensorboard`; on other ranks, nothing."""
+
+    def __init__(self, output_dir: Path, *, start: int, total: int, enabled: bool) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._metrics_path = output_dir / "metrics.jsonl"
+        _cut_after(self._metrics_path, start)
+        self._metrics = self._metrics_path.open("a")
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1)
+        self._total = total
+        self._bar = tqdm(total=total, initial=start, desc="RLSC", unit="step", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+
+    def log(self, stats: StepStats) -> None:
+        """Writes a step down everywhere, flushed: a killed run keeps what it had."""
+        if not self.enabled:
+            return
+        figures = flatten(stats)
+        self._metrics.write(json.dumps(figures) + "\n")
+        self._metrics.flush()
+        for tag, value in figures.items():
+            if tag != "step":
+                self._board.add_scalar(tag, value, stats.step)
+        self._board.flush()
+        self.say(step_line(stats, self._total))
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def flatten(stats: StepStats) -> dict[str, float]:
+    """{tag: value} of a step, `step` first."""
+
+    def tagged(record: Any) -> dict[str, float]:
+        fields = dataclasses.fields(record)
+        return {f.metadata["tag"]: float(getattr(record, f.name)) for f in fields if "tag" in f.metadata}
+
+    phases = {f"time/{name}": seconds for name, seconds in stats.seconds.items()}
+    return {"step": stats.step} | tagged(stats.health) | tagged(stats) | phases
+
+
+def step_line(stats: StepStats, total: int) -> str:
+    """A step in one line."""
+    health = stats.health
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats.seconds.items())
+    return (
+        f"step {stats.step:>{len(str(total))}}/{total} | loss {health.loss:7.4f} | "
+        f"confidence {health.confidence:.4f} | same {health.identical_share:.3f} | entropy {health.token_entropy:.3f} | "
+        f"length {health.response_length:6.1f} | cut {health.truncated_share:.3f} | grad {stats.gradient_norm:7.3f} | "
+        f"sampler off by {health.logprob_difference:.1e} | {sum(stats.seconds.values()):.1f} s ({phases}) | "
+        f"{stats.tokens_per_second:.0f} tok/s"
+    )
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drops the lines of steps that a resumed run will make again, and a line that a kill cut in half."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

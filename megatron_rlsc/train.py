@@ -1,0 +1,126 @@
+"""RLSC, the whole of it: sample from the policy, weigh each response by its own probability, update, sample anew."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megatron_rlsc.batching import pack
+from megatron_rlsc.config import Config
+from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint
+from megatron_rlsc.conversion.hf import copy_config_files, write_hf
+from megatron_rlsc.conversion.shape import read_shape
+from megatron_rlsc.health import measure_health, require_sound
+from megatron_rlsc.journal import Journal, decode, encode
+from megatron_rlsc.objective import on_policy_losses, weight_shift
+from megatron_rlsc.planning import check_layout
+from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
+from megatron_rlsc.policy.policy import Policy
+from megatron_rlsc.run_dir import CHECKPOINTS, EXPORT, ROLLOUTS, open_run_dir
+from megatron_rlsc.sampler import Follower, Sampler, build_sampler
+from megatron_rlsc.tracking import Timer, Tracker
+from megatron_rlsc.types import Sample, StepStats
+
+
+def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *, step: int) -> None:
+    """The loop, from after `step` to `train_iters`, on every rank."""
+    parallel, output = policy.parallel, config.train.output_dir
+    journal, timer = Journal(output / ROLLOUTS), Timer()
+    alpha, scale = config.objective.alpha, config.objective.weight_scale
+    limit = config.rollout.difference_limit(bf16=config.model.bf16)
+    version, pushes = sampler.push(policy.iter_hf_weights()), 1  # a broken path to the sampler fails here
+
+    while step < config.train.train_iters:
+        step += 1
+        with timer.phase("rollout"):
+            samples = share(sampler.sample(step, version), parallel)
+            if parallel.rank == 0:
+                journal.write(step, samples)
+
+        with timer.phase("train"):
+            batch = pack(
+                samples, parallel.dp_rank, parallel.dp_size, config.train.max_tokens_per_micro_batch, parallel.device
+            )
+            # The batch feeds one update: p_old is the detached p_theta of its own pass, and only a shift needs another.
+            shift = 0.0 if scale == "none" else weight_shift(policy.score(batch, len(samples)).logprobs, alpha, scale)
+            objective = partial(on_policy_losses, alpha=alpha, shift=shift)
+            scores = policy.forward_backward(batch, len(samples), objective)
+            gradient_norm = policy.gradient_norm()
+            require_sound(scores, gradient_norm, step=step, max_difference=limit)  # before any weight changes
+            learning_rate = policy.step()
+
+        with timer.phase("sync"):
+            version, pushes = sampler.push(policy.iter_hf_weights()), pushes + 1
+
+        seconds = timer.lap()
+        stats = StepStats(
+            step=step,
+            health=measure_health(samples, scores, alpha=alpha, shift=shift),
+            gradient_norm=gradient_norm,
+            learning_rate=learning_rate,
+            weight_shift=shift,
+            pushes=pushes,
+            tokens_per_second=int(scores.lengths.sum()) / sum(seconds.values()),
+            seconds=seconds,
+        )
+        tracker.log(stats)
+        if save_is_due(config, step):
+            policy.save(output / CHECKPOINTS, step)
+
+
+def run(config: Config) -> None:
+    """Checks everything that can be checked, starts the sampler, builds the policy, trains it, and exports it."""
+    model_dir, output = hf_config_dir(config.model.load), config.train.output_dir
+    shape = read_shape(model_dir)
+    check_layout(shape, config.parallel, world_size=world_size())
+    sampler = build_sampler(config, model_dir, shape) if is_rank_zero() else Follower()
+    if is_rank_zero():
+        open_run_dir(output, config)
+    with sampler:  # vLLM comes up while the policy is built
+        parallel = init_parallel(config.parallel, seed=config.train.seed)
+        policy = Policy(config, shape, parallel)
+        step = 0
+        if config.train.resume and is_megatron_checkpoint(output / CHECKPOINTS):
+            step = policy.resume(output / CHECKPOINTS)
+        else:
+            policy.load(config.model.load)
+        if parallel.rank == 0:
+            copy_config_files(model_dir, output / CHECKPOINTS / "hf")
+        sampler.connect()
+        with Tracker(output, start=step, total=config.train.train_iters, enabled=parallel.rank == 0) as tracker:
+            tracker.say(describe(config, parallel, step))
+            train(config, policy, sampler, tracker, step=step)
+            export(policy, output / EXPORT, model_dir)
+            tracker.say(f"done: {output / EXPORT} is the trained model, in HF format")
+    destroy_parallel()
+
+
+def share(samples: list[Sample] | None, parallel: Parallel) -> list[Sample]:
+    """Rank 0's samples on every rank."""
+    return decode(parallel.broadcast_bytes(None if samples is None else encode(samples)))
+
+
+def save_is_due(config: Config, step: int) -> bool:
+    """Every `save_interval` steps, and after the last."""
+    interval = config.train.save_interval
+    return step == config.train.train_iters or (interval > 0 and step % interval == 0)
+
+
+def export(policy: Policy, folder: Path, reference_dir: Path) -> None:
+    """The policy as an HF model, written by rank 0 as the weights stream by."""
+    weights = policy.iter_hf_weights()
+    if policy.parallel.rank == 0:
+        write_hf(folder, weights, reference_dir=reference_dir, overwrite=True)
+    for _ in weights:
+        pass
+
+
+def describe(config: Config, parallel: Parallel, step: int) -> str:
+    """What is about to run, in one line."""
+    start = f"resuming after step {step}" if step else "from the start"
+    return (
+        f"RLSC | {config.model.load} | TP {parallel.tp_size} x PP {parallel.pp_size} x DP {parallel.dp_size} on "
+        f"{parallel.device.type} | {'bf16' if config.model.bf16 else 'fp32'} | {config.data.prompts_per_step} questions "
+        f"x {config.rollout.samples_per_prompt} responses a step, T {config.rollout.temperature} | alpha "
+        f"{config.objective.alpha} | lr {config.optimizer.lr} | {config.train.train_iters} steps, {start}"
+    )
