@@ -1,0 +1,171 @@
+"""Every layout gives the log-probabilities, loss, gradient and weights of plain transformers and torch.
+
+Three batches of 1, 3 and 7 responses of very uneven length, packed into several micro-batches; a vocabulary of 259,
+padded to 384 or 512 rows; those beyond it set to 50 in embedding and output layer, where they would win every
+softmax; p_old, temperature 0.5, alpha 0.1, clipping and weight decay all at work.
+
+Not covered: CUDA, Transformer Engine, bfloat16, context and sequence parallelism, activation
+recomputation. A distributed optimizer's gradient is seen through its norm and the updated weights alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from layouts import Gradient, Layout, Outcome, play
+from torch import Tensor
+from truth import LENGTHS, Truth, truth, two_updates
+from world import World
+
+LAYOUTS = (
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(dp=2),
+    Layout(dp=2, distributed_optimizer=True),
+    Layout(tp=2, pp=2),
+    Layout(tp=4),  # more ranks than KV heads; the last rank's vocabulary is padding alone
+    Layout(pp=4),
+    Layout(dp=4),
+    Layout(tp=2, dp=2),
+    Layout(pp=2, dp=2),
+    Layout(tp=2, dp=2, distributed_optimizer=True),
+)
+
+Play = Callable[[Layout, bool], list[Outcome]]
+
+on_every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+tied_and_untied = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+@pytest.fixture(scope="session")
+def outcomes(world: World) -> Play:
+    """Each layout is played once, and looked at by every test."""
+
+    @functools.cache
+    def outcomes_of(layout: Layout, tied: bool) -> list[Outcome]:
+        expected = truth(tied)
+        return world.run(layout.ranks, play, layout, expected.shape, expected.state, expected.batches)
+
+    return outcomes_of
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """The largest relative difference of an entry."""
+    return ((found - expected) / expected).abs().max().item()
+
+
+def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest |found - expected| / |expected| of a parameter; a norm below 1 % of the whole gradient's counts as
+    1 % (a key bias has next to none)."""
+    assert found.keys() == expected.keys()
+    floor = 0.01 * reference.norm(expected)
+    return max(((found[name] - grad).norm() / grad.norm().clamp(min=floor)).item() for name, grad in expected.items())
+
+
+def worst_update(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    """The largest |found - expected| / |expected - before| of a parameter."""
+    return max(
+        ((found[name] - expected[name]).norm() / (expected[name] - before[name]).norm()).item() for name in found
+    )
+
+
+@tied_and_untied
+@on_every_layout
+def test_the_batches_are_played_in_several_micro_batches(layout: Layout, tied: bool, outcomes: Play) -> None:
+    """Tokens with prompts 1, 6, 3, 8, 5, 2, 7 long: `seven` has 74 + 32 = 106, three packs of at most 50; over two
+    replicas two packs each, over four one each. `one` leaves the replicas after the first a filler."""
+    rows = {1: (1, 2, 3), 2: (1, 1, 2), 4: (1, 1, 1)}[layout.dp]
+    for outcome in outcomes(layout, tied):
+        assert tuple(outcome.micro_batches.values()) == rows
+
+
+@tied_and_untied
+@on_every_layout
+@pytest.mark.parametrize("batch", LENGTHS)
+def test_scores_are_hf_s_on_every_rank(batch: str, layout: Layout, tied: bool, outcomes: Play) -> None:
+    """1e-5 for each token: the samples' rollout_logprobs are HF's, so their worst difference is the worst token's."""
+    expected = truth(tied).of[batch]
+    for outcome in outcomes(layout, tied):
+        for scores in (outcome.scores[batch], outcome.l2[batch].scores):
+            assert scores.lengths.tolist() == LENGTHS[batch]
+            assert scores.rollout_difference.max() < 1e-5
+            assert worst(scores.logprobs, expected.logprobs) < 1e-5
+            assert worst(scores.entropy, expected.entropies) < 1e-5
+
+
+@tied_and_untied
+@on_every_layout
+@pytest.mark.parametrize("batch", LENGTHS)
+def test_loss_and_gradient_are_the_reference_s(batch: str, layout: Layout, tied: bool, outcomes: Play) -> None:
+    expected = truth(tied).of[batch]
+    for outcome in outcomes(layout, tied):
+        logprobs = outcome.l2[batch].scores.logprobs
+        assert reference.rlsc_loss(logprobs, logprobs, alpha=0.1).item() == pytest.approx(expected.l2.item(), rel=1e-5)
+    check_gradient([outcome.l2[batch] for outcome in outcomes(layout, tied)], expected.l2_gradient, layout)
+
+
+@tied_and_untied
+@on_every_layout
+def test_batch_max_gradient_is_the_reference_s(layout: Layout, tied: bool, outcomes: Play) -> None:
+    """L1 over the largest p_old of the global batch, which only one replica's micro-batch holds."""
+    expected = truth(tied).of["seven"].batch_max_gradient
+    check_gradient([outcome.batch_max for outcome in outcomes(layout, tied)], expected, layout)
+
+
+def check_gradient(found: list[Gradient], expected: dict[str, Tensor], layout: Layout) -> None:
+    for gradient in found:
+        assert gradient.norm == pytest.approx(reference.norm(expected), rel=1e-5)
+    if not layout.distributed_optimizer:
+        assert worst_gradient(found[0].by_name, expected) < 1e-5
+
+
+@tied_and_untied
+@on_every_layout
+def test_weights_after_two_updates_are_the_reference_s(layout: Layout, tied: bool, outcomes: Play) -> None:
+    """1e-4 of the change, which is much less than 1e-4 of the weights."""
+    weights = outcomes(layout, tied)[0].weights
+    assert weights.keys() == truth(tied).shape.hf_tensors().keys()
+    assert worst_update(weights, two_updates(tied), truth(tied).state) < 1e-4
+    assert not any(outcome.weights for outcome in outcomes(layout, tied)[1:])
+
+
+@tied_and_untied
+@on_every_layout
+def test_copies_of_a_parameter_stay_equal(layout: Layout, tied: bool, outcomes: Play) -> None:
+    """Bit for bit, after the updates: replicas; norms over TP ranks; the two ends of a tied model."""
+    by_place = {outcome.place: outcome.replica for outcome in outcomes(layout, tied)}
+    assert len(by_place) == layout.ranks
+    for (tp_rank, pp_rank, _), replica in by_place.items():
+        for name, parameter in replica.items():
+            assert parameter.equal(by_place[tp_rank, pp_rank, 0][name])
+            if name.endswith("layernorm.weight"):
+                assert parameter.equal(by_place[0, pp_rank, 0][name])
+        if tied and layout.pp > 1 and pp_rank == layout.pp - 1:
+            embedding = by_place[tp_rank, 0, 0]["embedding.word_embeddings.weight"]
+            assert replica["output_layer.weight"].equal(embedding)
+
+
+def test_the_comparison_would_notice() -> None:
+    """What a wrong trainer would do differs from the reference by far more than the tolerances."""
+    expected = truth(False)
+    wrong_updates: dict[str, dict[str, Tensor]] = {
+        "no weight decay": two_updates(False, weight_decay=0.0),
+        "no clipping": two_updates(False, clip=1e9),
+    }
+    for what, weights in wrong_updates.items():
+        assert worst_update(weights, two_updates(False), expected.state) > 1e-3, what
+    assert worst_gradient(gradient_without_p_old(expected), expected.of["seven"].l2_gradient) > 1e-3
+    assert all(reference.norm(of.l2_gradient) > 10 * reference.CLIP for of in expected.of.values())
+
+
+def gradient_without_p_old(expected: Truth) -> dict[str, Tensor]:
+    """With alpha in the place of p_old + alpha."""
+    model = reference.tiny_qwen(tied=False)
+    logprobs = reference.response_logprobs(model, expected.batches["seven"], temperature=0.5)
+    never = torch.full_like(logprobs, -torch.inf)
+    return reference.gradients(model, reference.rlsc_loss(logprobs, never, alpha=0.1))
