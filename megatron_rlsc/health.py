@@ -60,13 +60,13 @@ def require_sound(scores: ResponseScores, gradient_norm: float, *, step: int, ma
     if not finite.all() or not math.isfinite(gradient_norm):
         raise ValueError(
             f"step {step}: {int((~finite).sum())} of {len(finite)} responses have a log-probability that is not "
-            f"finite, and the gradient norm is {gradient_norm}; no weight was changed. Lower --lr, or go on from an earlier "
-            f"checkpoint; the step's rollouts are in the journal"
+            f"finite, and the gradient norm is {gradient_norm}; no weight was changed. Lower --lr, or go on from an "
+            f"earlier checkpoint; the step's rollouts are in the journal"
         )
     worst = float(scores.rollout_difference.max())
     if worst > max_difference:
         raise ValueError(
             f"step {step}: the sampler's log-probability of a token differs from the trainer's by {worst:.2g}, the "
-            f"limit is {max_difference:.2g} (--max-logprob-difference): these responses are not from the policy that is "
-            f"trained, its weights did not reach the sampler. No weight was changed"
+            f"limit is {max_difference:.2g} (--max-logprob-difference): these responses are not from the policy that "
+            f"is trained, its weights did not reach the sampler. No weight was changed"
         )

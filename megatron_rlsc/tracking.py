@@ -99,8 +99,9 @@ def step_line(stats: StepStats, total: int) -> str:
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats.seconds.items())
     return (
         f"step {stats.step:>{len(str(total))}}/{total} | loss {health.loss:7.4f} | "
-        f"confidence {health.confidence:.4f} | same {health.identical_share:.3f} | entropy {health.token_entropy:.3f} | "
-        f"length {health.response_length:6.1f} | cut {health.truncated_share:.3f} | grad {stats.gradient_norm:7.3f} | "
+        f"confidence {health.confidence:.4f} | same {health.identical_share:.3f} | "
+        f"entropy {health.token_entropy:.3f} | length {health.response_length:.1f} | "
+        f"cut {health.truncated_share:.3f} | grad {stats.gradient_norm:7.3f} | "
         f"sampler off by {health.logprob_difference:.1e} | {sum(stats.seconds.values()):.1f} s ({phases}) | "
         f"{stats.tokens_per_second:.0f} tok/s"
     )

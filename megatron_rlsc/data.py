@@ -1,0 +1,137 @@
+"""Questions on disk as token ids: the prompt file, the template around a question, the tokenizer, the stop set."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_rlsc.config import DataConfig
+from megatron_rlsc.types import Prompt
+
+COT_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+"""Of `qwen25-math-cot`, Qwen2.5-Math's own and the paper's."""
+QUESTION_FIELDS = ("problem", "question")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder, read from its own files alone. Raises ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
+    """The one stop set: the tokenizer's end of sequence and those of generation_config.json, ascending.
+
+    The first of them ends a response and is its last token. Raises ValueError where there is none.
+    """
+    path = folder / "generation_config.json"
+    configured = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    stops = {token_id for token_id in (*found, tokenizer.eos_token_id) if token_id is not None}
+    if not stops:
+        raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in generation_config.json")
+    return tuple(sorted(stops))
+
+
+class PromptSource:
+    """The prompts of every step, in an order that is a function of (seed, step) alone: resuming needs no cursor."""
+
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_prompt_tokens: int
+    ) -> None:
+        """Reads, renders and tokenizes the whole file.
+
+        Args:
+            seed: of the order.
+            max_prompt_tokens: what the model's context leaves beside a response.
+
+        Raises ValueError, with the line number, where a question is malformed, empty or too long.
+        """
+        self.seed = seed
+        self._prompts_per_step = config.prompts_per_step
+        self._prompts = [
+            _tokenized(render(question, config, tokenizer), index, tokenizer)
+            for index, question in enumerate(read_questions(config.data_path))
+        ]
+        for prompt in self._prompts:
+            if not 0 < len(prompt.token_ids) <= max_prompt_tokens:
+                raise ValueError(
+                    f"{config.data_path}, line {prompt.index + 1}: the prompt has {len(prompt.token_ids)} tokens, the "
+                    f"model's context leaves {max_prompt_tokens} beside a response: vLLM would cut the response short. "
+                    f"Lower --max-response-length, or leave the question out"
+                )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return max(len(prompt.token_ids) for prompt in self._prompts)
+
+    def at(self, step: int) -> list[Prompt]:
+        """The prompts of a step, counted from 0: the next `prompts_per_step` of an endless row of shuffled epochs."""
+        first = step * self._prompts_per_step
+        return [self._at(position) for position in range(first, first + self._prompts_per_step)]
+
+    def _at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        return self._prompts[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self.seed}:{epoch}").shuffle(order)
+        return order
+
+
+def read_questions(path: Path) -> list[str]:
+    """The `problem` or `question` of each line of a JSONL; no other field is looked at."""
+    if not path.is_file():
+        raise ValueError(f"there is no prompt file {path} (--data-path)")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            questions.append(_question(line, f"{path}, line {number}"))
+    if not questions:
+        raise ValueError(f"{path} has no questions")
+    return questions
+
+
+def _question(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not an object, but {line[:60]}")
+    for field in QUESTION_FIELDS:
+        if isinstance(record.get(field), str) and record[field].strip():
+            return record[field]
+    there = ", ".join(record) or "nothing"
+    raise ValueError(f"{where}: neither `problem` nor `question` holds a text; the line has {there}")
+
+
+def render(question: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the model continues: template, then chat template."""
+    messages: list[dict[str, Any]] = []
+    if config.prompt_template == "qwen25-math-cot":
+        messages.append({"role": "system", "content": COT_SYSTEM_PROMPT})
+        content = question
+    elif config.prompt_template == "plain":
+        content = question
+    else:  # not str.format: questions are full of braces
+        content = config.prompt_template.replace("{problem}", question)
+    messages.append({"role": "user", "content": content})
+    if not config.apply_chat_template:
+        return "\n".join(message["content"] for message in messages)
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: --no-apply-chat-template goes without")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _tokenized(text: str, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    return Prompt(index=index, text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
