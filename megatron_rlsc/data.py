@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class PromptSource:
         self._prompts_per_step = config.prompts_per_step
         self._prompts = [
             _tokenized(render(question, config, tokenizer), index, tokenizer)
-            for index, question in enumerate(read_questions(config.data_path))
+            for index, question in read_questions(config.data_path).items()
         ]
         for prompt in self._prompts:
             if not 0 < len(prompt.token_ids) <= max_prompt_tokens:
@@ -76,38 +75,34 @@ class PromptSource:
     def at(self, step: int) -> list[Prompt]:
         """The prompts of a step, counted from 0: the next `prompts_per_step` of an endless row of shuffled epochs."""
         first = step * self._prompts_per_step
-        return [self._at(position) for position in range(first, first + self._prompts_per_step)]
+        places = [divmod(i, len(self._prompts)) for i in range(first, first + self._prompts_per_step)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return [self._prompts[orders[epoch][place]] for epoch, place in places]
 
-    def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        return self._prompts[self._order(epoch)[place]]
-
-    def _order(self, epoch: int) -> Sequence[int]:
+    def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         random.Random(f"{self.seed}:{epoch}").shuffle(order)
         return order
 
 
-def read_questions(path: Path) -> list[str]:
-    """The `problem` or `question` of each line of a JSONL; no other field is looked at."""
+def read_questions(path: Path) -> dict[int, str]:
+    """{line, from 0: its `problem` or `question`} of a JSONL; no other field is looked at. Blank lines are skipped."""
     if not path.is_file():
         raise ValueError(f"there is no prompt file {path} (--data-path)")
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            questions.append(_question(line, f"{path}, line {number}"))
+    lines = path.read_bytes().split(b"\n")  # not splitlines: a question may hold a bare U+2028
+    questions = {i: _question(line, f"{path}, line {i + 1}") for i, line in enumerate(lines) if line.strip()}
     if not questions:
         raise ValueError(f"{path} has no questions")
     return questions
 
 
-def _question(line: str, where: str) -> str:
+def _question(line: bytes, where: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: not an object, but {line[:60]}")
+        raise ValueError(f"{where}: not an object, but {line[:60]!r}")
     for field in QUESTION_FIELDS:
         if isinstance(record.get(field), str) and record[field].strip():
             return record[field]

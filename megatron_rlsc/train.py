@@ -120,7 +120,7 @@ def describe(config: Config, parallel: Parallel, step: int) -> str:
     start = f"resuming after step {step}" if step else "from the start"
     return (
         f"RLSC | {config.model.load} | TP {parallel.tp_size} x PP {parallel.pp_size} x DP {parallel.dp_size} on "
-        f"{parallel.device.type}, {'bf16' if config.model.bf16 else 'fp32'} | {config.data.prompts_per_step} questions x "
-        f"{config.rollout.samples_per_prompt} responses a step, T {config.rollout.temperature} | "
+        f"{parallel.device.type}, {'bf16' if config.model.bf16 else 'fp32'} | {config.data.prompts_per_step} questions "
+        f"x {config.rollout.samples_per_prompt} responses a step, T {config.rollout.temperature} | "
         f"alpha {config.objective.alpha} | lr {config.optimizer.lr} | {config.train.train_iters} steps, {start}"
     )

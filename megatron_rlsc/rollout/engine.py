@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             raise ValueError(f"the file's sha256 is {found}, the trainer announced {update_info.sha256}")
         with safe_open(path, framework="pt", device="cpu") as file:
             found_specs = {name: _spec(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-            _compare(found_specs, self._expected_specs())
+            _compare(found_specs, self._expected_specs)
             self._load((name, file.get_tensor(name)) for name in found_specs)
         self._loaded = True
 
@@ -85,6 +86,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
     def shutdown(self) -> None:
         """Nothing is held between updates."""
 
+    @cached_property
     def _expected_specs(self) -> dict[str, str]:
         """What a whole model is, from its HF config: it owes nothing to the file. Tied copies count once."""
         with torch.device("meta"):

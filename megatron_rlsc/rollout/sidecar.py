@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -23,6 +24,7 @@ from megatron_rlsc.rollout import keeper
 from megatron_rlsc.rollout.wire import KEY_VARIABLE, PUSH_DIR_VARIABLE, bearer, memory_backed_root
 
 LOG_LINES_SHOWN = 30
+_TRACEBACK_FRAME = re.compile(r"""(\(\w+ pid=\d+\) )?(ERROR \S+ \S+ \[\S+\] )?(  File "|    )""")
 _POLL_SECONDS = 0.2
 
 
@@ -53,7 +55,6 @@ class Sidecar:
         gpu_memory_utilization: float = 0.85,
         kv_cache_gib: int = 1,
         timeout: float = 600.0,
-        push_root: Path | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +70,6 @@ class Sidecar:
             gpu_memory_utilization: share of a GPU's memory.
             kv_cache_gib: GiB of KV cache on a CPU.
             timeout: seconds from `wait_until_ready()` to the first token.
-            push_root: parent of the private run directory; must hold one copy of the weights. Default /dev/shm.
         """
         self.key = secrets.token_urlsafe(32)
         self.url = ""
@@ -78,7 +78,6 @@ class Sidecar:
         self._python = python
         self._port = port
         self._timeout = timeout
-        self._run_root = push_root or memory_backed_root()
         self._run_dir: Path | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._kv_cache_gib = kv_cache_gib
@@ -106,8 +105,9 @@ class Sidecar:
         require_vllm(self._python)
         port = _free_port(self._port)
         self.url = f"http://127.0.0.1:{port}"
-        # Short, for the names of Unix sockets; private by mkdtemp's 0700.
-        self._run_dir = Path(tempfile.mkdtemp(prefix="rlsc-", dir=self._run_root))
+        # Private (0700), with room for a copy of the weights, and a short name: vLLM's sockets lie in it, at most 107
+        # bytes long.
+        self._run_dir = Path(tempfile.mkdtemp(prefix="rlsc-", dir=memory_backed_root()))
         environment = self._environment(self._run_dir)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         server = [str(self._python), "-m", "megatron_rlsc.rollout.serve", "--port", str(port), *self._flags]
@@ -191,8 +191,10 @@ class Sidecar:
         return environment
 
     def _failure(self, what: str) -> SidecarError:
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return SidecarError("\n".join([f"the vLLM sidecar {what}. The end of {self.log_path}:", *lines]))
+        # Each of vLLM's processes passes an error on with its own traceback: without their frames the cause is seen.
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        shown = [line for line in lines if not _TRACEBACK_FRAME.match(line)][-LOG_LINES_SHOWN:]
+        return SidecarError("\n".join([f"the vLLM sidecar {what}. The end of {self.log_path}:", *shown]))
 
 
 def require_vllm(python: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from megatron_rlsc.rollout.wire import bearer, file_sha256
 
 
 class SyncError(RuntimeError):
-    """A push that did not go through, with its phase. The sidecar is left paused: it must not be sampled from."""
+    """A push that did not go through, with its phase. The sidecar is not resumed after it."""
 
 
 class WeightPusher(Protocol):
@@ -90,7 +91,7 @@ class WeightSync:
 
         file = directory / f"{version.replace(':', '-')}.safetensors"
         try:
-            with _phase("write"):
+            with _phase(f"write to {directory}"):
                 save_file(tensors, file)
                 digest = file_sha256(file)
             self._post("pause", "/pause", params={"mode": "abort"})
@@ -141,7 +142,7 @@ def _phase(name: str) -> Iterator[None]:
     """Network and disk errors, as a SyncError that says where it was."""
     try:
         yield
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError, SafetensorError) as error:
         raise SyncError(f"{name}: {type(error).__name__}: {error}") from error
 
 

@@ -54,7 +54,7 @@ def test_only_the_given_stop_set_stops(sidecar: Sidecar, tiny: TinyModel, sync: 
 def test_generation_config_does_not_bend_the_distribution(
     tiny: TinyModel, sync: WeightSync, client: RolloutClient
 ) -> None:
-    """The served folder asks for top_k 1: with it, siblings would be equal."""
+    """The served folder asks for top_k 1, which would make siblings equal; /v1/completions would heed it."""
     version = sync.push(tiny.weights().items())
     siblings = client.generate(PROMPTS[1:2], step=0, version=version)
     assert len({sample.response_token_ids for sample in siblings}) > 1

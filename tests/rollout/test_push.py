@@ -5,6 +5,7 @@ Not covered: GPUs, bfloat16, vLLM's own tensor parallelism, and faults in the mi
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,26 @@ def test_other_ranks_walk_the_stream_to_its_end() -> None:
     stream = iter([("a", torch.ones(1)), ("b", torch.ones(1))])
     assert NoSync().push(stream) == ""
     assert next(stream, None) is None
+
+
+def test_a_full_disk_is_named_and_left_clean(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for it. The sidecar has not been paused."""
+    paths: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.path)
+        return httpx.Response(200, json={})
+
+    sync = WeightSync("http://sidecar", key="k", timeout=1, push_dir=tmp_path, transport=httpx.MockTransport(answer))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(SyncError, match=f"^write to {tmp_path}: .*File too large"):
+            sync.push([("w", torch.ones(1 << 20))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert paths == ["/init_weight_transfer_engine"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,21 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from served_tiny import MAX_MODEL_LEN, PROMPTS, build_client, build_tiny
+from served_tiny import MAX_MODEL_LEN, PROMPTS, TinyModel, build_client, build_tiny
 
 from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
 from megatron_rlsc.rollout.weight_sync import WeightSync
+from megatron_rlsc.rollout.wire import memory_backed_root
 
 
-def build_sidecar(python: Path, model_dir: Path, tmp_path: Path, *, port: int = 0, timeout: float = 120) -> Sidecar:
+def build_sidecar(
+    python: Path, model_dir: Path, tmp_path: Path, *, port: int = 0, timeout: float = 120, kv_cache_gib: int = 1
+) -> Sidecar:
     return Sidecar(
         python,
         model_dir,
@@ -28,16 +32,21 @@ def build_sidecar(python: Path, model_dir: Path, tmp_path: Path, *, port: int = 
         seed=1,
         log_path=tmp_path / "logs" / "vllm.log",
         port=port,
+        kv_cache_gib=kv_cache_gib,
         timeout=timeout,
-        push_root=tmp_path,
     )
+
+
+def run_dirs() -> set[Path]:
+    """Of all sidecars of this machine."""
+    return set((memory_backed_root() or Path(tempfile.gettempdir())).glob("rlsc-*"))
 
 
 def test_an_environment_without_vllm_is_named_with_the_remedy(tmp_path: Path) -> None:
     """The trainer's own environment is one."""
     with pytest.raises(SidecarError, match=r"has no vLLM: `bash tools/setup_env\.sh`"):
         build_sidecar(Path(sys.executable), tmp_path, tmp_path).start()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # not even a log
 
 
 def test_a_missing_python_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -56,17 +65,27 @@ def test_a_sidecar_that_dies_at_the_start_shows_its_last_words(sidecar_python: P
     model_dir = tmp_path / "model"
     model_dir.mkdir()
     (model_dir / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')
+    before = run_dirs()
     with build_sidecar(sidecar_python, model_dir, tmp_path) as sidecar:
         with pytest.raises(SidecarError, match=r"(?s)ended with status 1. The end of .*vllm\.log:.*no_such_model"):
             sidecar.wait_until_ready()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "model"]
+    assert run_dirs() == before
+
+
+def test_a_failure_inside_the_engine_is_shown_too(sidecar_python: Path, tiny: TinyModel, tmp_path: Path) -> None:
+    """vLLM's last word is then only that its engine failed, after a hundred lines of tracebacks."""
+    with build_sidecar(sidecar_python, tiny.folder, tmp_path, kv_cache_gib=1 << 20) as sidecar:
+        with pytest.raises(SidecarError, match=r"(?s)ended with status 1.*requested memory.*1048576\.0 GiB"):
+            sidecar.wait_until_ready()
 
 
 def test_a_sidecar_that_is_not_ready_in_time_is_given_up(sidecar_python: Path, tmp_path: Path) -> None:
+    before = run_dirs()
     with build_sidecar(sidecar_python, tmp_path, tmp_path, timeout=0.5) as sidecar:
         with pytest.raises(SidecarError, match=r"generated nothing within 0\.5 s"):
             sidecar.wait_until_ready()
-    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+        assert run_dirs() > before
+    assert run_dirs() == before
 
 
 TRAINER = """
