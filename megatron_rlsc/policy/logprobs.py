@@ -65,7 +65,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        local_lse, local_mean, target_logits = (hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(3))
+        local_lse, local_entropy, target_logits = (
+            hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(3)
+        )
         for start in range(0, len(targets), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = _chunk_logits(hidden[chunk], weight[:present], temperature)
@@ -73,16 +75,18 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             rows, columns = _own_targets(targets[chunk], first, present)
             target_logits[chunk][rows] = logits[rows, columns]
             local_lse[chunk] = lse
-            local_mean[chunk] = (logits * (logits - lse[:, None]).exp_()).sum(-1)  # of this shard's own softmax
+            logits.sub_(lse[:, None])
+            local_entropy[chunk] = -logits.exp().mul_(logits).sum(-1)  # of this shard's own softmax
 
         # lse = log sum_r exp(lse_r); a shard's share of the probability is exp(lse_r - lse).
         peak = local_lse.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         share = (local_lse - peak).exp()
-        sums = torch.stack([share, share * local_mean, target_logits])
+        sums = torch.stack([share, share * local_entropy - torch.xlogy(share, share), target_logits])
         dist.all_reduce(sums, group=group)
         lse = peak + sums[0].log()
-        entropy = lse - sums[1] / sums[0]
+        # Entropy of the shares, and of what is within them: no difference of large numbers.
+        entropy = sums[0].log() + sums[1] / sums[0]
 
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.shard = temperature, first, present, group, chunk_tokens
