@@ -45,7 +45,7 @@ def test_each_run_has_a_process_group_of_its_size(world: World) -> None:
 
 
 def test_a_rank_that_raises_fails_the_run_though_the_others_wait_for_it(pair: World) -> None:
-    with pytest.raises(RankError, match="rank 1:(.|\n)*fail_on(.|\n)*broken on purpose"):
+    with pytest.raises(RankError, match=r"rank 1:(.|\n)*fail_on(.|\n)*broken on purpose"):
         pair.run(2, fail_on, 1)
 
 

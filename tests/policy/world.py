@@ -1,7 +1,7 @@
 """Four processes that play every layout: a test names a function, and the first n of them run it as n gloo ranks.
 
-Starting a process (torch, megatron) costs seconds, joining a process group a fraction of one: so the processes stay, and
-each run makes its own process group and leaves it. A rank that fails or hangs takes all of them down; the next run
+Starting a process (torch, megatron) costs seconds, joining a process group a fraction of one: so the processes stay,
+and each run makes its own process group and leaves it. A rank that fails or hangs takes all of them down; the next run
 starts fresh ones.
 """
 
