@@ -26,7 +26,7 @@ GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_)\S+")
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
 """Shared memory as multiprocessing and vLLM name it."""
 
 

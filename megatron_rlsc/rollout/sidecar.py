@@ -74,11 +74,12 @@ class Sidecar:
         self.key = secrets.token_urlsafe(32)
         self.url = ""
         """http://127.0.0.1:port, once started."""
+        self.run_dir: Path | None = None
+        """Private folder of its sockets and of the weights on their way, while it runs."""
         self.log_path = log_path
         self._python = python
         self._port = port
         self._timeout = timeout
-        self._run_dir: Path | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._kv_cache_gib = kv_cache_gib
         self._flags = [
@@ -107,13 +108,13 @@ class Sidecar:
         self.url = f"http://127.0.0.1:{port}"
         # Private (0700), with room for a copy of the weights, and a short name: vLLM's sockets lie in it, at most 107
         # bytes long.
-        self._run_dir = Path(tempfile.mkdtemp(prefix="rlsc-", dir=memory_backed_root()))
-        environment = self._environment(self._run_dir)
+        self.run_dir = Path(tempfile.mkdtemp(prefix="rlsc-", dir=memory_backed_root()))
+        environment = self._environment(self.run_dir)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         server = [str(self._python), "-m", "megatron_rlsc.rollout.serve", "--port", str(port), *self._flags]
         with self.log_path.open("ab") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-I", keeper.__file__, str(os.getpid()), str(self._run_dir), *server],
+                [sys.executable, "-I", keeper.__file__, str(os.getpid()), str(self.run_dir), *server],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -161,9 +162,9 @@ class Sidecar:
                 self._keeper.kill()  # the server follows it by its own parent-death signal
                 self._keeper.wait()
             self._keeper = None
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)  # the keeper has done it, if it got that far
-            self._run_dir = None
+        if self.run_dir is not None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # the keeper has done it, if it got that far
+            self.run_dir = None
 
     def _environment(self, run_dir: Path) -> dict[str, str]:
         """The sidecar's environment, and the folders that it names."""

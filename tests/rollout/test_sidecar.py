@@ -6,10 +6,10 @@ Not covered: GPUs, several replicas, a sidecar that hangs without dying.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from served_tiny import MAX_MODEL_LEN, PROMPTS, TinyModel, build_client, build_t
 
 from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
 from megatron_rlsc.rollout.weight_sync import WeightSync
-from megatron_rlsc.rollout.wire import memory_backed_root
 
 
 def build_sidecar(
@@ -35,11 +34,6 @@ def build_sidecar(
         kv_cache_gib=kv_cache_gib,
         timeout=timeout,
     )
-
-
-def run_dirs() -> set[Path]:
-    """Of all sidecars of this machine."""
-    return set((memory_backed_root() or Path(tempfile.gettempdir())).glob("rlsc-*"))
 
 
 def test_an_environment_without_vllm_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -65,11 +59,11 @@ def test_a_sidecar_that_dies_at_the_start_shows_its_last_words(sidecar_python: P
     model_dir = tmp_path / "model"
     model_dir.mkdir()
     (model_dir / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')
-    before = run_dirs()
     with build_sidecar(sidecar_python, model_dir, tmp_path) as sidecar:
+        run_dir = sidecar.run_dir
         with pytest.raises(SidecarError, match=r"(?s)ended with status 1. The end of .*vllm\.log:.*no_such_model"):
             sidecar.wait_until_ready()
-    assert run_dirs() == before
+    assert run_dir and not run_dir.exists()
 
 
 def test_a_failure_inside_the_engine_is_shown_too(sidecar_python: Path, tiny: TinyModel, tmp_path: Path) -> None:
@@ -80,12 +74,12 @@ def test_a_failure_inside_the_engine_is_shown_too(sidecar_python: Path, tiny: Ti
 
 
 def test_a_sidecar_that_is_not_ready_in_time_is_given_up(sidecar_python: Path, tmp_path: Path) -> None:
-    before = run_dirs()
     with build_sidecar(sidecar_python, tmp_path, tmp_path, timeout=0.5) as sidecar:
+        run_dir = sidecar.run_dir
+        assert run_dir and run_dir.stat().st_mode & 0o777 == 0o700
         with pytest.raises(SidecarError, match=r"generated nothing within 0\.5 s"):
             sidecar.wait_until_ready()
-        assert run_dirs() > before
-    assert run_dirs() == before
+    assert not run_dir.exists()
 
 
 TRAINER = """
@@ -97,7 +91,7 @@ sidecar = Sidecar(Path(python), Path(model_dir), dtype="float32", max_model_len=
                   log_path=Path(log_path), timeout=180)
 sidecar.start()
 sidecar.wait_until_ready()
-print(sidecar.url, sidecar.key, flush=True)
+print(sidecar.url, sidecar.key, sidecar.run_dir, flush=True)
 time.sleep(300)
 """
 
@@ -105,11 +99,10 @@ time.sleep(300)
 def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: Path) -> None:
     """The trainer is another process, its model is untied, and it is killed with responses in flight."""
     tiny = build_tiny(tmp_path / "model", tied=False)
-    shared_memory = set(Path("/dev/shm").iterdir())
     command = [sys.executable, "-c", TRAINER, sidecar_python, tiny.folder, tmp_path / "vllm.log", MAX_MODEL_LEN]
     trainer = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
-    url, key = trainer.stdout.readline().split()
+    url, key, run_dir = trainer.stdout.readline().split()
 
     sync = WeightSync(url, key=key, timeout=60)
     for _ in range(2):
@@ -120,13 +113,15 @@ def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: 
 
     tree = descendants(trainer.pid)
     assert len(tree) >= 3  # keeper, API server, engine
+    left_behind = {Path(run_dir), *mapped_shared_memory(tree)}
+    assert len(left_behind) > 1
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + 20
     while left := [pid for pid in tree if is_running(pid)]:
         assert time.monotonic() < deadline, f"{left} of {tree} outlived the trainer"
         time.sleep(0.1)
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert [path for path in left_behind if path.exists()] == []
 
 
 def descendants(pid: int) -> list[int]:
@@ -135,6 +130,13 @@ def descendants(pid: int) -> list[int]:
         for child in map(int, children.read_text().split()):
             found += [child, *descendants(child)]
     return found
+
+
+def mapped_shared_memory(pids: list[int]) -> set[Path]:
+    names: list[str] = []
+    for pid in pids:
+        names += re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text())
+    return set(map(Path, names))
 
 
 def is_running(pid: int) -> bool:
