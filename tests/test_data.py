@@ -1,0 +1,121 @@
+"""Prompt files, templates, order. Does not cover Qwen2.5's own tokenizer: the tiny one has its special tokens only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsc.config import DataConfig
+from megatron_rlsc.data import PromptSource, load_tokenizer, stop_token_ids
+
+BASE = Path(__file__).parent.parent / "checkpoints/rlsc-tiny-base"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BASE)
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def source(path: Path, tokenizer, max_prompt_tokens: int = 1000, **fields) -> PromptSource:
+    fields = {"prompt_template": "plain", "apply_chat_template": False} | fields
+    config = DataConfig(data_path=path, **fields)
+    return PromptSource(config, tokenizer, seed=7, max_prompt_tokens=max_prompt_tokens)
+
+
+def test_stop_set_is_the_union(tokenizer, tmp_path):
+    """256 <|endoftext|> from the tokenizer, [256, 258] from generation_config.json; alone where that has none."""
+    assert stop_token_ids(tokenizer, BASE) == (256, 258)
+    assert stop_token_ids(tokenizer, tmp_path) == (256,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert stop_token_ids(tokenizer, tmp_path) == (3, 256)
+
+
+def test_load_tokenizer_names_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="absent has no tokenizer"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_math_cot_in_the_chat_template(tokenizer, tmp_path):
+    path = write(tmp_path / "q.jsonl", {"question": "What is {1, 2}?"})
+    (prompt,) = source(
+        path, tokenizer, prompt_template="qwen25-math-cot", apply_chat_template=True, prompts_per_step=1
+    ).at(0)
+    assert prompt.text == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\nWhat is {1, 2}?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert prompt.token_ids.count(257) == 3  # <|im_start|> is one token, once for each message
+
+
+def test_own_template_keeps_other_braces(tokenizer, tmp_path):
+    path = write(tmp_path / "q.jsonl", {"problem": "3+{4}", "answer": "never read"})
+    (prompt,) = source(path, tokenizer, prompt_template="{problem}= \\boxed{", prompts_per_step=1).at(0)
+    assert prompt.text == "3+{4}= \\boxed{"
+
+
+def test_order_is_a_function_of_seed_and_step(tokenizer, tmp_path):
+    """10 questions, 4 a step: step 2 ends one shuffle and begins the next; five steps are two whole epochs."""
+    path = write(tmp_path / "q.jsonl", *({"problem": str(i)} for i in range(10)))
+    first, again = (source(path, tokenizer, prompts_per_step=4) for _ in range(2))
+    assert again.at(3) == first.at(3)
+    order = [prompt.index for step in range(5) for prompt in first.at(step)]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:] != list(range(10))
+    assert len(source(path, tokenizer, prompts_per_step=25).at(0)) == 25
+
+
+def test_longest_prompt(tokenizer, tmp_path):
+    assert source(write(tmp_path / "q.jsonl", {"problem": "abc"}, {"problem": "a"}), tokenizer).longest_prompt == 3
+
+
+def test_index_is_the_line(tokenizer, tmp_path):
+    path = write(tmp_path / "q.jsonl", {"problem": "a"}, "\n", {"problem": "b"})
+    assert {prompt.text: prompt.index for prompt in source(path, tokenizer, prompts_per_step=2).at(0)} == {
+        "a": 0,
+        "b": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "has no questions"),
+        (["\n"], "has no questions"),
+        ([{"problem": "1"}, '{"problem": \n'], "line 2: not JSON"),
+        (['"text"\n'], "line 1: not an object"),
+        ([{"problem": "1"}, {"prompt": "1", "id": 3}], "line 2: neither `problem` nor `question`.* has prompt, id"),
+        ([{"problem": "  "}], "line 1: neither `problem` nor `question` holds a text"),
+        ([{"question": 3}], "line 1: neither `problem` nor `question` holds a text"),
+        ([{"problem": "12"}, {"problem": "1234"}], r"line 2: the prompt has 4 tokens.*leaves 3.*--max-response-length"),
+    ],
+)
+def test_errors_name_the_line(tokenizer, tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        source(write(tmp_path / "q.jsonl", *lines), tokenizer, max_prompt_tokens=3)
+
+
+def test_missing_file(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="there is no prompt file"):
+        source(tmp_path / "absent.jsonl", tokenizer)
+
+
+def test_not_utf8(tokenizer, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(b'{"problem": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON in UTF-8"):
+        source(tmp_path / "q.jsonl", tokenizer)
+
+
+def test_no_chat_template(tmp_path):
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.chat_template = None
+    path = write(tmp_path / "q.jsonl", {"problem": "1"})
+    with pytest.raises(ValueError, match="no chat template: --no-apply-chat-template"):
+        source(path, tokenizer, apply_chat_template=True)
