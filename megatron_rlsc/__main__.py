@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from megatron_rlsc.config import parse_config
+
+SPEAK_SECONDS = 3
+"""What the first rank is given to say an error that all have found."""
 
 
 def main() -> None:
@@ -21,9 +26,11 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_explained(error):
             raise
-        # Every rank may find the same mistake; one of them says it.
+        _tell_torchrun(str(error))
         if first_rank:
             print(f"\nrlsc: error: {error}\n", file=sys.stderr, flush=True)
+        else:  # every rank may find the same mistake: torchrun ends them all when the first of them exits
+            time.sleep(SPEAK_SECONDS)
         sys.exit(2)
 
 
@@ -31,6 +38,17 @@ def _is_explained(error: BaseException) -> bool:
     """Whether the message was written for the user: it was raised by this package's own code, not under it."""
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(origin).is_relative_to(Path(__file__).parent)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leaves the message where torchrun looks for it, so that it also stands in the table that torchrun ends with.
+
+    The format is torch.distributed.elastic.multiprocessing.errors.ErrorHandler's.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": details}))
 
 
 if __name__ == "__main__":

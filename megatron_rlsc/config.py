@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,6 @@ import dacite
 import tomli_w
 import tyro
 from tyro.conf import OmitArgPrefixes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def _require(ok: bool, message: str) -> None:
@@ -271,7 +267,7 @@ def parse_config(argv: list[str] | None = None, *, console_outputs: bool = True)
             break
     return tyro.cli(
         Config,
-        prog="python -m megatron_rlsc.train",
+        prog="python -m megatron_rlsc",
         description=f"{Config.__doc__}\n\n--config RECIPE.toml is read first, flags override it.",
         default=default,
         args=argv,

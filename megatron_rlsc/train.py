@@ -64,8 +64,16 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
             seconds=seconds,
         )
         tracker.log(stats)
+        if stats.health.underflow:
+            tracker.say(UNDERFLOW)
         if save_is_due(config, step):
             policy.save(output / CHECKPOINTS, step)
+
+
+UNDERFLOW = (
+    "warning: every response weighs 0 in float32, so this step learned nothing: exp(log p_old) of responses this long "
+    "underflows. --weight-scale batch-max keeps the direction of the loss"
+)
 
 
 def run(config: Config) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rlsc.conversion.folders import set_latest, step_dir
 from megatron_rlsc.policy.model import LogprobGPTModel
@@ -62,7 +64,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     parallel.barrier()
     state = _state(model, optimizer, schedule, is_loading=False)
-    dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=RESHARDABLE)
+    dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=dict(RESHARDABLE))
     parallel.barrier()
     if parallel.rank == 0:
         if final.exists():
@@ -86,16 +88,34 @@ def load_checkpoint(
     """
     check_metadata(path / ".metadata")
     state = _state(model, optimizer, schedule, is_loading=True)
+    # A sharded object is an unrestricted pickle. Ours are `_extra_state`, which holds FP8 scales or nothing.
+    state["model"] = {name: item for name, item in state["model"].items() if not isinstance(item, ShardedObject)}
     try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        if optimizer is not None:
+            _check_optimizer(path, common.get("optimizer"), state["optimizer"])
         loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise ValueError(f"{path} does not hold this model: {error}") from None
-    model.load_state_dict(loaded["model"], strict=True)
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
     if optimizer is not None and schedule is not None:
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         schedule.load_state_dict(loaded["opt_param_scheduler"])
     return loaded["iteration"]
+
+
+def _check_optimizer(path: Path, saved: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint has no optimizer, or another kind than the one that is to be filled."""
+    if saved is None:
+        raise ValueError(f"{path} holds weights alone, a converted model's: --load them, there is nothing to resume")
+    sharded = "param_state_sharding_type"
+    if (sharded in saved) != (sharded in wanted):
+        raise ValueError(
+            f"{path} was saved {'with' if sharded in saved else 'without'} --use-distributed-optimizer, and its "
+            f"optimizer loads only so"
+        )
 
 
 def _state(
@@ -106,19 +126,21 @@ def _state(
     is_loading: bool,
 ) -> dict[str, Any]:
     """Under Megatron-LM's own names (megatron/training/checkpointing.py)."""
-    weights = model.sharded_state_dict(metadata=RESHARDABLE)
+    metadata = dict(RESHARDABLE)  # Megatron adds this layout's process groups to it
+    weights = model.sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": weights, "checkpoint_version": 3.0}
     if optimizer is not None and schedule is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=RESHARDABLE)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = schedule.state_dict()
     return state
 
 
 def check_metadata(path: Path) -> None:
-    """Raises ValueError unless a `.metadata` file needs nothing but the classes that torch writes into it.
+    """Raises ValueError unless a `.metadata` file needs nothing but the classes that torch writes into it, and says that
+    whatever will be loaded is a tensor.
 
-    torch.distributed.checkpoint unpickles that file, and a pickle may run anything: so it is read once with an
-    unpickler that knows the allow-list alone.
+    torch.distributed.checkpoint unpickles that file, and each entry that it does not call a tensor; a pickle may run
+    anything. So it is read once with an unpickler that knows the allow-list alone.
     """
 
     class AllowListed(pickle.Unpickler):
@@ -131,8 +153,15 @@ def check_metadata(path: Path) -> None:
 
     try:
         with path.open("rb") as file:
-            AllowListed(file).load()
+            metadata = AllowListed(file).load()
+        pickled = [
+            name
+            for name, entry in metadata.state_dict_metadata.items()
+            if type(entry) is not TensorStorageMetadata and "._extra_state/" not in name
+        ]
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no torch_dist checkpoint: it has no {path.name}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if pickled:
+        raise ValueError(f"{path} has pickles in the place of tensors ({', '.join(pickled[:3])}); do not load it")

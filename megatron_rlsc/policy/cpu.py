@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +172,8 @@ def install() -> None:
     """Patches megatron-core for gloo and CPU tensors, once; returns at once where CUDA is available."""
     if torch.cuda.is_available():
         return
+    # Advice for CUDA streams, given on every rank.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
     _core("models.gpt")  # so that every module that copies a patched name exists by now
     cpu_torch = _CpuTorch("torch")
     for name in ACCELERATOR_MODULES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import reference
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron_rlsc.batching import pack
 from megatron_rlsc.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import response_losses, weight_shift
+from megatron_rlsc.objective import on_policy_losses, weight_shift
 from megatron_rlsc.policy.parallel import init_parallel
 from megatron_rlsc.policy.policy import Objective, Policy
 from megatron_rlsc.policy.weights import iter_hf_weights
@@ -109,11 +110,6 @@ def pack_for(policy: Policy, samples: list[Sample]) -> list[MicroBatch]:
     )
 
 
-def objective(*, alpha: float = 0.1, shift: float = 0.0) -> Objective:
-    """The package's loss on the policy's own samples: p_old is the detached value of the same pass."""
-    return lambda logprobs: response_losses(logprobs, logprobs, alpha=alpha, shift=shift)
-
-
 @dataclass(frozen=True)
 class MainGradients:
     """Stands where a model stands in iter_hf_weights, whose table and collectives then gather the gradient."""
@@ -135,7 +131,7 @@ def backward(policy: Policy, samples: list[Sample], loss: Objective, *, gather: 
 
 def update(policy: Policy, samples: list[Sample]) -> None:
     """One step of RLSC with alpha 0.1."""
-    policy.forward_backward(pack_for(policy, samples), len(samples), objective())
+    policy.forward_backward(pack_for(policy, samples), len(samples), partial(on_policy_losses, alpha=0.1))
     policy.gradient_norm()
     policy.step()
 
@@ -149,9 +145,12 @@ def play(layout: Layout, shape: ModelShape, state: dict[str, Tensor], batches: d
     policy = build_policy(layout, shape, state)
     gather = not layout.distributed_optimizer
     scores = {name: policy.score(pack_for(policy, samples), len(samples)) for name, samples in batches.items()}
-    l2 = {name: backward(policy, samples, objective(), gather=gather) for name, samples in batches.items()}
+    l2 = {
+        name: backward(policy, samples, partial(on_policy_losses, alpha=0.1), gather=gather)
+        for name, samples in batches.items()
+    }
     shift = weight_shift(scores["seven"].logprobs, 0.0, "batch-max")
-    batch_max = backward(policy, batches["seven"], objective(alpha=0.0, shift=shift), gather=gather)
+    batch_max = backward(policy, batches["seven"], partial(on_policy_losses, alpha=0.0, shift=shift), gather=gather)
     update(policy, batches["seven"])
     update(policy, batches["three"])
     return Outcome(

@@ -18,7 +18,7 @@ import reference
 import torch
 from layouts import Gradient, Layout, Outcome, play
 from torch import Tensor
-from truth import LENGTHS, Truth, truth, two_updates
+from truth import LENGTHS, Truth, truth, two_updates, worst_update
 from world import World
 
 LAYOUTS = (
@@ -65,13 +65,6 @@ def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     assert found.keys() == expected.keys()
     floor = 0.01 * reference.norm(expected)
     return max(((found[name] - grad).norm() / grad.norm().clamp(min=floor)).item() for name, grad in expected.items())
-
-
-def worst_update(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    """The largest |found - expected| / |expected - before| of a parameter."""
-    return max(
-        ((found[name] - expected[name]).norm() / (expected[name] - before[name]).norm()).item() for name in found
-    )
 
 
 @tied_and_untied

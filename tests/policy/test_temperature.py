@@ -5,15 +5,18 @@ Not covered: that the sampler samples at it (tests/rollout), and temperatures at
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import reference
 import torch
-from layouts import Layout, backward, build_policy, objective, pack_for
+from layouts import Layout, backward, build_policy, pack_for
 from torch import Tensor
 from truth import truth
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.objective import on_policy_losses
 from megatron_rlsc.types import ResponseScores, Sample
 
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -24,7 +27,7 @@ def score_and_differentiate(
 ) -> tuple[ResponseScores, ResponseScores, float]:
     policy = build_policy(layout, shape, state, temperature=temperature)
     scores = policy.score(pack_for(policy, samples), len(samples))
-    gradient = backward(policy, samples, objective(), gather=False)
+    gradient = backward(policy, samples, partial(on_policy_losses, alpha=0.1), gather=False)
     return scores, gradient.scores, gradient.norm
 
 

@@ -108,3 +108,10 @@ def two_updates(
     for name in ("seven", "three"):
         rlsc_update(model, optimizer, truth(tied).batches[name], clip=clip)
     return model.state_dict()
+
+
+def worst_update(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    """The largest |found - expected| / |expected - before| of a parameter."""
+    return max(
+        ((found[name] - expected[name]).norm() / (expected[name] - before[name]).norm()).item() for name in found
+    )

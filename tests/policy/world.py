@@ -73,10 +73,10 @@ class World:
     def close(self) -> None:
         """Ends the processes, and what they have started."""
         for process, pipe in self._ranks:
-            pipe.close()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
+            pipe.close()
         self._ranks = []
 
 

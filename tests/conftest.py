@@ -1,0 +1,25 @@
+"""What tests of several folders need: the environment that has vLLM, and the tiny base model that the project ships."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def sidecar_python() -> Path:
+    """A machine without vLLM fails here, with the remedy."""
+    python = Path(os.environ.get("RLSC_SIDECAR_PYTHON", ROOT / ".venv-sidecar" / "bin" / "python"))
+    if not python.exists():
+        pytest.fail(f"no sidecar environment at {python}: `bash tools/setup_env.sh`, or set RLSC_SIDECAR_PYTHON")
+    return python
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """The HF folder of the tiny base model."""
+    return ROOT / "checkpoints" / "rlsc-tiny-base"

@@ -1,0 +1,206 @@
+"""The whole loop: real vLLM, real megatron-core ranks under torchrun, real files, on the tiny base model.
+
+Not covered: GPUs, several nodes, and that accuracy rises (examples/run_rlsc_tiny.sh shows that).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_rlsc.journal import Journal
+from megatron_rlsc.sampler import Sampler
+from megatron_rlsc.types import Sample
+
+STEPS = 3
+TINY = (
+    "--prompt-template={problem}=",
+    "--no-apply-chat-template",
+    "--prompts-per-step=4",
+    "--samples-per-prompt=4",
+    "--max-response-length=56",
+    "--max-tokens-per-micro-batch=512",
+    "--lr=3e-4",
+    "--adam-eps=1e-5",  # with 1e-8 Adam makes the rounding of gradients that are 0 in exact arithmetic (key biases) count
+    f"--train-iters={STEPS}",
+)
+
+
+def rlsc(*flags: object, ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m megatron_rlsc` on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, "-m", "megatron_rlsc", *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    printed: str
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{a}+{1000 - a}"}) + "\n" for a in range(101, 131)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(base_model: Path, questions: Path, sidecar_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three steps at TP 2."""
+    folder = tmp_path_factory.mktemp("runs") / "tp2"
+    done = rlsc(
+        f"--load={base_model}",
+        f"--data-path={questions}",
+        f"--sidecar-python={sidecar_python}",
+        f"--output-dir={folder}",
+        "--tensor-model-parallel-size=2",
+        "--save-interval=2",
+    )
+    return Run(folder, done.stdout)
+
+
+def test_one_line_and_one_row_a_step(run: Run) -> None:
+    assert [row["step"] for row in run.metrics] == [1, 2, 3]
+    assert sum(line.startswith("step ") for line in run.printed.splitlines()) == STEPS
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for tag in set(run.metrics[0]) - {"step"}:
+        points = [(event.step, event.value) for event in board.Scalars(tag)]
+        assert points == [(row["step"], pytest.approx(row[tag], rel=1e-6)) for row in run.metrics]
+
+
+def test_sampler_and_trainer_agree_on_every_step(run: Run) -> None:
+    """fp32 on both sides: what is left is the order of sums."""
+    assert all(row["rollout/logprob_difference"] < 1e-3 for row in run.metrics)
+    assert [row["sync/pushes"] for row in run.metrics] == [2, 3, 4]
+
+
+def test_every_sample_is_journaled_under_a_version_of_its_own_step(run: Run) -> None:
+    versions = []
+    for step in range(1, STEPS + 1):
+        samples = Journal(run.folder / "rollouts").read(step)
+        assert [(s.group, s.sample) for s in samples] == [(g, i) for g in range(4) for i in range(4)]
+        versions.append({sample.version for sample in samples})
+    assert [len(version) for version in versions] == [1] * STEPS
+    assert len(set.union(*versions)) == STEPS
+
+
+def test_the_export_is_the_trained_model(run: Run, base_model: Path) -> None:
+    exported, base = (load_file(folder / "model.safetensors") for folder in (run.folder / "hf", base_model))
+    assert exported.keys() == base.keys()
+    moved = [name for name in base if not torch.equal(exported[name], base[name])]
+    assert moved == list(base)
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "hf")
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+
+
+def test_the_resolved_config_makes_the_same_run(run: Run) -> None:
+    config = tomllib.loads((run.folder / "config.toml").read_text())
+    assert config["parallel"]["tensor_model_parallel_size"] == 2
+    assert config["rollout"]["max_response_length"] == 56
+
+
+def test_a_journal_replays_on_another_layout(run: Run, base_model: Path, tmp_path: Path) -> None:
+    """Without a sidecar, at PP 2: the losses of TP 2."""
+    rlsc(
+        f"--load={base_model}",
+        f"--replay-rollouts={run.folder / 'rollouts'}",
+        f"--output-dir={tmp_path / 'replay'}",
+        "--pipeline-model-parallel-size=2",
+    )
+    replayed = Run(tmp_path / "replay", "").metrics
+    for tolerance, row, again in zip((1e-5, 1e-3, 1e-3), run.metrics, replayed, strict=True):
+        assert again["loss"] == pytest.approx(row["loss"], rel=tolerance)
+        assert again["optimizer/gradient_norm"] == pytest.approx(row["optimizer/gradient_norm"], rel=tolerance)
+
+
+def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_model: Path, tmp_path: Path) -> None:
+    """Step 3 again, from the checkpoint after step 2, at DP 2: the same weights. From the journal, since a sampler
+    draws the same tokens only under the same batching."""
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    for name in ("config.toml", "metrics.jsonl"):
+        (folder / name).write_bytes((run.folder / name).read_bytes())
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "iter_0000002").symlink_to(run.folder / "checkpoints" / "iter_0000002")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+    done = rlsc(
+        f"--load={base_model}",
+        f"--replay-rollouts={run.folder / 'rollouts'}",
+        f"--output-dir={folder}",
+        "--resume",
+    )
+    assert "resuming after step 2" in done.stdout
+    assert [row["step"] for row in Run(folder, "").metrics] == [1, 2, 3]
+    straight, resumed = (load_file(path / "hf" / "model.safetensors") for path in (run.folder, folder))
+    for name, tensor in straight.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-4)
+
+
+class ForgetfulSampler:
+    """Leaves out the push after step 1, and says that it was made."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.pushes, self.version = sampler, 0, ""
+
+    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        self.pushes += 1
+        if self.pushes != 2:
+            self.version = self.sampler.push(weights)
+        return self.version
+
+    def sample(self, step: int, version: str) -> list[Sample] | None:
+        return self.sampler.sample(step, version)
+
+
+LEFT_OUT = """
+import sys
+sys.path.insert(0, {tests!r})
+import megatron_rlsc.train as train
+from test_train import ForgetfulSampler
+whole = train.train
+def forgetful(config, policy, sampler, tracker, *, step):
+    whole(config, policy, ForgetfulSampler(sampler), tracker, step=step)
+train.train = forgetful
+from megatron_rlsc.__main__ import main
+main()
+"""
+
+
+def test_a_push_left_out_stops_the_run(base_model: Path, questions: Path, sidecar_python: Path, tmp_path: Path) -> None:
+    """The sampler then has the weights of a step ago, under a version that nobody can tell from the right one: the
+    comparison of log-probabilities is what sees it, before the second update."""
+    code = LEFT_OUT.format(tests=str(Path(__file__).parent))
+    flags = (
+        f"--load={base_model}",
+        f"--data-path={questions}",
+        f"--sidecar-python={sidecar_python}",
+        f"--output-dir={tmp_path / 'run'}",
+    )
+    done = subprocess.run([sys.executable, "-c", code, *TINY, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "step 2: the sampler's log-probability of a token differs" in done.stderr
+    assert len(Run(tmp_path / "run", "").metrics) == 1
+    assert Journal(tmp_path / "run" / "rollouts").read(2), "what was refused is kept for reading"
