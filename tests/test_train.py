@@ -121,20 +121,6 @@ def test_the_resolved_config_makes_the_same_run(run: Run) -> None:
     assert config["rollout"]["max_response_length"] == 56
 
 
-def test_a_journal_replays_on_another_layout(run: Run, base_model: Path, tmp_path: Path) -> None:
-    """Without a sidecar, at PP 2: the losses of TP 2."""
-    rlsc(
-        f"--load={base_model}",
-        f"--replay-rollouts={run.folder / 'rollouts'}",
-        f"--output-dir={tmp_path / 'replay'}",
-        "--pipeline-model-parallel-size=2",
-    )
-    replayed = Run(tmp_path / "replay", "").metrics
-    for tolerance, row, again in zip((1e-5, 1e-3, 1e-3), run.metrics, replayed, strict=True):
-        assert again["loss"] == pytest.approx(row["loss"], rel=tolerance)
-        assert again["optimizer/gradient_norm"] == pytest.approx(row["optimizer/gradient_norm"], rel=tolerance)
-
-
 def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_model: Path, tmp_path: Path) -> None:
     """Step 3 again, from the checkpoint after step 2, at DP 2: the same weights. From the journal, since a sampler
     draws the same tokens only under the same batching."""
