@@ -21,19 +21,28 @@ FLOORS = {
     "conversion": 1,
     "data": 1,
     "evaluation": 1,
-    "guard": 1,
+    "health": 1,
     "journal": 1,
     "objective": 1,
     "planning": 1,
+    "run_dir": 1,
     "tracking": 1,
     "policy": 2,
     "rollout": 2,
+    "sampler": 3,
     "train": 3,
+    "__main__": 3,
 }
 """Files and packages of megatron_rlsc; one imports lower floors, or its own package."""
 
-NEIGHBOURS = {("planning", "conversion")}
-"""Of one floor, and yet: memory is planned from the shape of a model, which is read where its config.json is."""
+NEIGHBOURS = {
+    ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
+    ("health", "objective"),  # the weights that a step's figures are about
+    ("evaluation", "data"),  # questions are asked as they are in training
+    ("train", "sampler"),
+    ("__main__", "train"),
+}
+"""Of one floor, and yet."""
 
 
 def name_of(path: Path) -> str:

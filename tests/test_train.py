@@ -33,7 +33,7 @@ TINY = (
     "--max-response-length=56",
     "--max-tokens-per-micro-batch=512",
     "--lr=3e-4",
-    "--adam-eps=1e-5",  # with 1e-8 Adam makes the rounding of gradients that are 0 in exact arithmetic (key biases) count
+    "--adam-eps=1e-5",  # with 1e-8 Adam magnifies the rounding of gradients that are 0 in exact arithmetic
     f"--train-iters={STEPS}",
 )
 

@@ -1,8 +1,7 @@
-"""One real vLLM on a tiny random Qwen2 for all of tests/rollout; a machine without vLLM fails here, with the remedy."""
+"""One real vLLM on a tiny random Qwen2 for all of tests/rollout."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +11,6 @@ from served_tiny import MAX_MODEL_LEN, TinyModel, build_client, build_tiny
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import WeightSync
-
-
-@pytest.fixture(scope="session")
-def sidecar_python() -> Path:
-    default = Path(__file__).parents[2] / ".venv-sidecar" / "bin" / "python"
-    python = Path(os.environ.get("RLSC_SIDECAR_PYTHON", default))
-    if not python.exists():
-        pytest.fail(f"no sidecar environment at {python}: `bash tools/setup_env.sh`, or set RLSC_SIDECAR_PYTHON")
-    return python
 
 
 @pytest.fixture(scope="session")

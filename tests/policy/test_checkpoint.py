@@ -1,0 +1,335 @@
+"""Checkpoints: saved on one layout and continued on another; unfinished, foreign and hostile ones refused.
+
+Not covered: a tensor that only some ranks lack (they alone raise, and torchrun ends the others), bfloat16, Transformer
+Engine's names, asynchronous saves, checkpoints of Megatron-LM itself, and two runs
+that write to one folder at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import Layout, build_policy, fill_padding_rows, hf_weights, update
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from truth import Truth, truth, two_updates, worst_update
+from world import RankError, World
+
+from megatron_rlsc.conversion.folders import TRACKER, latest_checkpoint
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.checkpoint import check_metadata, save_checkpoint
+from megatron_rlsc.types import Sample
+
+TP2, PP2 = Layout(tp=2), Layout(pp=2)
+
+
+def update_and_save(
+    layout: Layout, shape: ModelShape, state: dict[str, Tensor], samples: list[Sample], folder: Path, steps: int
+) -> None:
+    policy = build_policy(layout, shape, state)
+    for step in range(1, steps + 1):
+        update(policy, samples)
+        policy.save(folder, step)
+
+
+def save_weights(layout: Layout, shape: ModelShape, state: dict[str, Tensor], folder: Path) -> None:
+    policy = build_policy(layout, shape, state)
+    save_checkpoint(folder, None, model=policy.model, parallel=policy.parallel)
+
+
+def resume_and_update(
+    layout: Layout, shape: ModelShape, samples: list[Sample], folder: Path
+) -> tuple[int, dict[str, Tensor]]:
+    policy = build_policy(layout, shape, None)  # random weights
+    step = policy.resume(folder)
+    fill_padding_rows(policy, 50.0)
+    update(policy, samples)
+    return step, hf_weights(policy)
+
+
+def load_and_update(layout: Layout, shape: ModelShape, samples: list[Sample] | None, folder: Path) -> dict[str, Tensor]:
+    policy = build_policy(layout, shape, None)
+    policy.load(folder)
+    if samples is not None:
+        update(policy, samples)
+    return hf_weights(policy)
+
+
+def save_seven(world: World, layout: Layout, expected: Truth, folder: Path, steps: int = 1) -> None:
+    arguments = (layout, expected.shape, expected.state, expected.batches["seven"], folder, steps)
+    world.run(layout.ranks, update_and_save, *arguments)
+
+
+def distributed(**sizes: int) -> Layout:
+    return Layout(**sizes, distributed_optimizer=True)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (TP2, PP2),
+        (PP2, TP2),
+        (TP2, Layout()),
+        (TP2, Layout(tp=2, pp=2)),
+        (PP2, Layout(tp=2, dp=2)),
+        (Layout(dp=2), TP2),
+        (distributed(dp=2), distributed(dp=2)),
+        (distributed(dp=2), distributed(tp=2, dp=2)),
+        (distributed(pp=2, dp=2), distributed(dp=2)),
+    ],
+    ids=lambda layout: str(layout),
+)
+def test_a_run_goes_on_at_another_layout(
+    before: Layout, after: Layout, tied: bool, world: World, tmp_path: Path
+) -> None:
+    """The second update needs the first one's moments and step count; it is that of the run which never stopped."""
+    expected = truth(tied)
+    save_seven(world, before, expected, tmp_path)
+    arguments = (after, expected.shape, expected.batches["three"], tmp_path)
+    step, weights = world.run(after.ranks, resume_and_update, *arguments)[0]
+    assert step == 1
+    uninterrupted = two_updates(tied)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, uninterrupted[name], rtol=1e-5, atol=1e-6)
+    assert worst_update(weights, uninterrupted, expected.state) < 1e-4
+
+
+def test_weights_alone_do_not_continue_a_run(world: World, tmp_path: Path) -> None:
+    """What the test above would miss, were the optimizer's state not loaded: 1000 times its tolerance."""
+    expected = truth(False)
+    save_seven(world, TP2, expected, tmp_path)
+    weights = world.run(2, load_and_update, PP2, expected.shape, expected.batches["three"], tmp_path)[0]
+    assert worst_update(weights, two_updates(False), expected.state) > 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_converted_model_is_loaded_bit_for_bit(tied: bool, world: World, tmp_path: Path) -> None:
+    """Padded to 512 rows at TP 2, and to 384 at PP 2."""
+    expected = truth(tied)
+    world.run(2, save_weights, TP2, expected.shape, expected.state, tmp_path)
+    assert latest_checkpoint(tmp_path) == tmp_path / "release"
+    weights = world.run(2, load_and_update, PP2, expected.shape, None, tmp_path)[0]
+    assert all(tensor.equal(expected.state[name]) for name, tensor in weights.items())
+    assert weights.keys() == expected.shape.hf_tensors().keys()
+
+
+def test_a_checkpoint_replaces_none_until_it_is_whole(world: World, tmp_path: Path) -> None:
+    """A folder as a killed save leaves it is not the latest, and the next save of that step does not trip over it."""
+    expected = truth(False)
+    save_seven(world, TP2, expected, tmp_path)
+    partial = tmp_path / ".iter_0000002.partial"
+    partial.mkdir()
+    (partial / "metadata.json").write_text("{}")
+    (partial / "__0_0.distcp").write_bytes(b"torn")
+    assert latest_checkpoint(tmp_path).name == "iter_0000001"
+    save_seven(world, TP2, expected, tmp_path, steps=2)
+    assert latest_checkpoint(tmp_path).name == "iter_0000002"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "iter_0000002", TRACKER]
+
+
+def save_on_a_full_disk(layout: Layout, shape: ModelShape, state: dict[str, Tensor], folder: Path) -> None:
+    """No file of this process, or of the writers it starts, may grow beyond 4 KiB."""
+    policy = build_policy(layout, shape, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    policy.save(folder, 2)
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(world: World, tmp_path: Path) -> None:
+    expected = truth(False)
+    save_seven(world, TP2, expected, tmp_path)
+    pair = World(2)
+    try:
+        with pytest.raises(RankError):
+            pair.run(2, save_on_a_full_disk, TP2, expected.shape, expected.state, tmp_path, timeout=60)
+    finally:
+        pair.close()
+    assert latest_checkpoint(tmp_path).name == "iter_0000001"
+    arguments = (TP2, expected.shape, expected.batches["three"], tmp_path)
+    step, weights = world.run(2, resume_and_update, *arguments)[0]
+    assert step == 1
+    assert worst_update(weights, two_updates(False), expected.state) < 1e-4
+
+
+def refusal_of_load(layout: Layout, shape: ModelShape, folder: Path) -> str:
+    policy = build_policy(layout, shape, None)
+    try:
+        policy.load(folder)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def refusal_of_resume(layout: Layout, shape: ModelShape, folder: Path) -> str:
+    policy = build_policy(layout, shape, None)
+    try:
+        policy.resume(folder)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(world: World, tmp_path: Path) -> None:
+    """A tied model's has no output layer."""
+    world.run(2, save_weights, TP2, truth(True).shape, truth(True).state, tmp_path)
+    for message in world.run(2, refusal_of_load, TP2, truth(False).shape, tmp_path):
+        assert "release does not hold this model" in message
+        assert "output_layer.weight" in message
+
+
+def test_a_checkpoint_of_another_size_is_refused(world: World, tmp_path: Path) -> None:
+    expected = truth(False)
+    world.run(2, save_weights, TP2, expected.shape, expected.state, tmp_path)
+    for other in (replace(expected.shape, num_hidden_layers=2), replace(expected.shape, intermediate_size=48)):
+        for message in world.run(2, refusal_of_load, PP2, other, tmp_path):
+            assert "release cannot be loaded into this model: Global shape mismatch" in message
+
+
+def test_a_torn_shard_is_refused(world: World, tmp_path: Path) -> None:
+    expected = truth(False)
+    world.run(2, save_weights, TP2, expected.shape, expected.state, tmp_path)
+    for file in (tmp_path / "release").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    for message in world.run(2, refusal_of_load, TP2, expected.shape, tmp_path):
+        assert "release cannot be loaded into this model: " in message
+
+
+def test_what_has_no_fitting_optimizer_is_refused_with_the_reason(world: World, tmp_path: Path) -> None:
+    expected = truth(False)
+    world.run(2, save_weights, TP2, expected.shape, expected.state, tmp_path / "weights")
+    for message in world.run(2, refusal_of_resume, PP2, expected.shape, tmp_path / "weights"):
+        assert "release holds weights alone" in message
+    save_seven(world, TP2, expected, tmp_path / "plain")
+    for message in world.run(2, refusal_of_resume, distributed(dp=2), expected.shape, tmp_path / "plain"):
+        assert "was saved without --use-distributed-optimizer" in message
+    save_seven(world, distributed(dp=2), expected, tmp_path / "sharded")
+    for message in world.run(2, refusal_of_resume, PP2, expected.shape, tmp_path / "sharded"):
+        assert "was saved with --use-distributed-optimizer" in message
+
+
+def call(function_as_pickled: bytes, argument: str) -> bytes:
+    """A pickle that calls a function with a string when it is loaded."""
+    text = argument.encode()
+    return b"\x80\x04" + function_as_pickled + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
+
+
+def dotted(module: str, name: str) -> bytes:
+    """STACK_GLOBAL, which follows dots in a name."""
+    parts = (part.encode() for part in (module, name))
+    return b"".join(b"X" + struct.pack("<I", len(part)) + part for part in parts) + b"\x93"
+
+
+HOSTILE = {
+    "global": b"cos\nsystem\n",
+    "posix": b"cposix\nsystem\n",
+    "builtin": b"cbuiltins\nexec\n",
+    "dotted through torch's own module": dotted("torch.distributed.checkpoint.filesystem", "os.system"),
+    "dotted through an allowed class": dotted("torch.distributed.checkpoint.metadata", "Metadata.__init__"),
+    "dotted from the root": dotted("torch", "serialization.os.system"),
+    "a module's whole namespace": dotted("torch.distributed.checkpoint.metadata", "os.system"),
+    "torch.load": dotted("torch", "load"),
+}
+
+
+@pytest.mark.parametrize("function", HOSTILE.values(), ids=HOSTILE)
+def test_metadata_that_would_run_code_is_refused_unrun(function: bytes, tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    path = tmp_path / ".metadata"
+    path.write_bytes(call(function, f"touch {marker}"))
+    with pytest.raises(ValueError, match=r"would run .*: it is no checkpoint that Megatron wrote"):
+        check_metadata(path)
+    assert not marker.exists()
+
+
+class Run:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_the_attacks_work_where_nothing_refuses_them(tmp_path: Path) -> None:
+    """Else the test above would prove nothing."""
+    for i, name in enumerate(("global", "posix", "dotted through torch's own module", "dotted from the root")):
+        pickle.loads(call(HOSTILE[name], f"touch {tmp_path / str(i)}"))  # noqa: S301
+        assert (tmp_path / str(i)).exists()
+
+
+def test_metadata_that_hides_code_in_an_allowed_class_is_refused_unrun(tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={"weight": Run(marker)})))
+    with pytest.raises(ValueError, match=r"would run (os|posix)\.system"):
+        check_metadata(path)
+    assert not marker.exists()
+
+
+def tensor_entry() -> TensorStorageMetadata:
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([4]))
+    return TensorStorageMetadata(properties=TensorProperties(), size=torch.Size([4]), chunks=[chunk])
+
+
+def test_a_tensor_that_is_stored_as_a_pickle_is_refused(tmp_path: Path) -> None:
+    """torch would unpickle it from a .distcp file, without restriction; a size is no proof of a tensor."""
+    pickled = BytesStorageMetadata()
+    pickled.size = torch.Size([4])
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={"good": tensor_entry(), "evil.weight": pickled})))
+    with pytest.raises(ValueError, match=r"pickles in the place of tensors \(evil.weight\)"):
+        check_metadata(path)
+    path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={"good": tensor_entry()})))
+    check_metadata(path)
+
+
+def hide_code_in_extra_state(path: Path, marker: Path) -> None:
+    """Every object of a checkpoint that torch would unpickle becomes one that runs a command."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())  # noqa: S301 made by this test
+    evil = path / "evil.distcp"
+    torch.save(Run(marker), evil)
+    for index, info in metadata.storage_data.items():
+        if "_extra_state" in index.fqn:
+            info.relative_path, info.offset, info.length = evil.name, 0, evil.stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_objects_of_a_checkpoint_are_never_unpickled(world: World, tmp_path: Path) -> None:
+    expected = truth(False)
+    world.run(2, save_weights, TP2, expected.shape, expected.state, tmp_path / "model")
+    hide_code_in_extra_state(tmp_path / "model" / "release", tmp_path / "it-ran")
+    weights = world.run(2, load_and_update, PP2, expected.shape, None, tmp_path / "model")[0]
+    assert all(tensor.equal(expected.state[name]) for name, tensor in weights.items())
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_damaged_metadata_is_refused(tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte inverted: a ValueError, or (a byte of a number or a name) still metadata."""
+    path = tmp_path / ".metadata"
+    with pytest.raises(ValueError, match=r"is no torch_dist checkpoint: it has no \.metadata"):
+        check_metadata(path)
+    whole = pickle.dumps(Metadata(state_dict_metadata={"weight": tensor_entry()}))
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError):
+            check_metadata(path)
+    refused = 0
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :])
+        try:
+            check_metadata(path)
+        except ValueError:
+            refused += 1
+    assert refused > len(whole) / 2
