@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,8 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (RolloutConfig, {"top_p": 0.95}, r"top_p=0\.95 is refused in training.*p_old.*Leave it at 1\.0"),
         (RolloutConfig, {"top_k": 50}, "top_k=50 is refused"),
         (RolloutConfig, {"repetition_penalty": 1.05}, r"repetition_penalty=1\.05 is refused"),
-        (RolloutConfig, {"temperature": 0.0}, r"temperature 0\.0 is not positive"),
-        (RolloutConfig, {"temperature": -1.0}, r"temperature -1\.0"),
+        (RolloutConfig, {"temperature": 0.0}, r"temperature must be positive and finite, not 0\.0"),
+        (RolloutConfig, {"temperature": math.inf}, r"temperature must be positive and finite, not inf"),
         (RolloutConfig, {"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
         (RolloutConfig, {"max_response_length": 0}, "max_response_length"),
         (ObjectiveConfig, {"alpha": -0.1}, r"alpha must not be negative, it is -0\.1"),
