@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rlsc.conversion.folders import set_latest, step_dir
@@ -42,6 +43,19 @@ METADATA_GLOBALS = {
     "torch.distributed.checkpoint.planner.WriteItemType",
     *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
+
+# What unpickling torn or altered bytes raises; a ValueError of find_class or of the bytes passes as it is.
+DAMAGE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+)
 
 
 def save_checkpoint(
@@ -97,6 +111,9 @@ def load_checkpoint(
         loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise ValueError(f"{path} does not hold this model: {error}") from None
+    except CheckpointException as error:  # a BaseException, with each rank's own
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{path} cannot be loaded into this model: {cause}") from None
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
     if optimizer is not None and schedule is not None:
@@ -136,8 +153,7 @@ def _state(
 
 
 def check_metadata(path: Path) -> None:
-    """Raises ValueError unless a `.metadata` file needs nothing but the classes that torch writes into it, and says that
-    whatever will be loaded is a tensor.
+    """Raises ValueError unless a `.metadata` file needs nothing but torch's classes, and has tensors to load alone.
 
     torch.distributed.checkpoint unpickles that file, and each entry that it does not call a tensor; a pickle may run
     anything. So it is read once with an unpickler that knows the allow-list alone.
@@ -161,7 +177,7 @@ def check_metadata(path: Path) -> None:
         ]
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no torch_dist checkpoint: it has no {path.name}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if pickled:
         raise ValueError(f"{path} has pickles in the place of tensors ({', '.join(pickled[:3])}); do not load it")
