@@ -1,8 +1,7 @@
 """Checkpoints: saved on one layout and continued on another; unfinished, foreign and hostile ones refused.
 
 Not covered: a tensor that only some ranks lack (they alone raise, and torchrun ends the others), bfloat16, Transformer
-Engine's names, asynchronous saves, checkpoints of Megatron-LM itself, and two runs
-that write to one folder at a time.
+Engine's names, asynchronous saves, checkpoints of Megatron-LM itself, and two runs that write to one folder at a time.
 """
 
 from __future__ import annotations
