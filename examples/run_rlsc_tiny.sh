@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# RLSC from end to end on two CPU cores: HF model in, training at TP=2 beside a live vLLM, HF model out, what was gained.
+#
+#     bash examples/run_rlsc_tiny.sh [--trainer-python P] [--sidecar-python P] [flags of `python -m megatron_rlsc`]
+#
+# Makes the two environments that are not given. Any other flag goes to the trainer, over examples/rlsc_tiny.toml:
+#     --pipeline-model-parallel-size 2      two pipeline stages instead of two tensor-parallel ranks
+#     --tensor-model-parallel-size 1        two data-parallel replicas
+#     --seed 5 --output-dir runs/seed-5     --overwrite     --resume
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+base=checkpoints/rlsc-tiny-base
+megatron=checkpoints/rlsc-tiny-megatron
+output=runs/rlsc-tiny
+trainer='' sidecar='' layout=(--tensor-model-parallel-size 2) flags=()
+
+while (($#)); do
+    # `--flag=value` as `--flag value`
+    if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+    case ${1//_/-} in
+        --trainer-python) trainer=${2:?"$1 needs a path"} && shift 2 && continue ;;
+        --sidecar-python) sidecar=${2:?"$1 needs a path"} && shift 2 && continue ;;
+        --output-dir) output=${2:?"$1 needs a path"} ;;
+        --tensor-model-parallel-size | --pipeline-model-parallel-size) layout=() ;;
+    esac
+    flags+=("$1")
+    shift
+done
+
+if [[ -z $trainer ]]; then bash tools/setup_env.sh --trainer && trainer=$PWD/.venv/bin/python; fi
+if [[ -z $sidecar ]]; then bash tools/setup_env.sh --sidecar && sidecar=$PWD/.venv-sidecar/bin/python; fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
+# Two ranks and vLLM share the cores: each rank with one thread.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+"$trainer" tools/convert_hf.py to-megatron --hf-dir "$base" --megatron-dir "$megatron" --overwrite
+
+"$trainer" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_rlsc --config examples/rlsc_tiny.toml \
+    --sidecar-python "$sidecar" "${layout[@]}" "${flags[@]}"
+
+evaluate() { # HF_DIR NAME: a fresh process that knows no trainer
+    "$trainer" tools/evaluate.py --hf-dir "$1" --output "$output/evaluation/$2.json" \
+        --data examples/data/addition_heldout.jsonl --prompt-template '{problem}=' --no-apply-chat-template \
+        --temperature 0.5 --max-response-length 48 --batch-size 250
+}
+evaluate "$base" base
+evaluate "$output/hf" rlsc
+"$trainer" tools/summarize_run.py --base "$output/evaluation/base.json" --rlsc "$output/evaluation/rlsc.json" \
+    --metrics "$output/metrics.jsonl" --output "$output/summary.json"
