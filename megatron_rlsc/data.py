@@ -129,4 +129,6 @@ def render(question: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def _tokenized(text: str, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(index=index, text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
+    return Prompt(
+        index=index, text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    )

@@ -17,7 +17,7 @@ from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.data import PromptSource, load_tokenizer, stop_token_ids
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError
-from megatron_rlsc.rollout.sidecar import Sidecar, require_vllm
+from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
 from megatron_rlsc.rollout.wire import KEY_VARIABLE
 from megatron_rlsc.run_dir import SIDECAR_LOG
@@ -172,7 +172,6 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
     )
     sidecar = None
     if rollout.rollout_url is None:
-        require_vllm(rollout.sidecar_python)
         sidecar = Sidecar(
             rollout.sidecar_python,
             model_dir,
@@ -187,4 +186,5 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
             kv_cache_gib=rollout.sidecar_kv_cache_gib,
             timeout=rollout.sidecar_timeout,
         )
+        sidecar.check()
     return VllmSampler(rollout, prompts, sidecar=sidecar, stop_token_ids=stop_token_ids(tokenizer, model_dir))

@@ -39,16 +39,22 @@ class Timer:
 
 
 class Tracker:
-    """Rank 0's view of a run, as `output_dir/metrics.jsonl` and `output_dir/tensorboard`; on other ranks, nothing."""
+    """Rank 0's view of a run; on other ranks, nothing."""
 
-    def __init__(self, output_dir: Path, *, start: int, total: int, enabled: bool) -> None:
+    def __init__(self, metrics: Path, tensorboard: Path, *, start: int, total: int, enabled: bool) -> None:
+        """
+        Args:
+            metrics: a JSON line a step; lines past `start` are dropped.
+            tensorboard: folder of event files; points past `start` are hidden.
+            start: the last step that is done.
+            total: the last step to do.
+        """
         self.enabled = enabled
         if not enabled:
             return
-        self._metrics_path = output_dir / "metrics.jsonl"
-        _cut_after(self._metrics_path, start)
-        self._metrics = self._metrics_path.open("a")
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1)
+        _cut_after(metrics, start)
+        self._metrics = metrics.open("a")
+        self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
         self._total = total
         self._bar = tqdm(total=total, initial=start, desc="RLSC", unit="step", disable=not sys.stderr.isatty())
 

@@ -16,7 +16,7 @@ from megatron_rlsc.objective import on_policy_losses, weight_shift
 from megatron_rlsc.planning import check_layout
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
-from megatron_rlsc.run_dir import CHECKPOINTS, EXPORT, ROLLOUTS, open_run_dir
+from megatron_rlsc.run_dir import CHECKPOINTS, EXPORT, METRICS, ROLLOUTS, TENSORBOARD, open_run_dir
 from megatron_rlsc.sampler import Follower, Sampler, build_sampler
 from megatron_rlsc.tracking import Timer, Tracker
 from megatron_rlsc.types import Sample, StepStats
@@ -95,7 +95,8 @@ def run(config: Config) -> None:
         if parallel.rank == 0:
             copy_config_files(model_dir, output / CHECKPOINTS / "hf")
         sampler.connect()
-        with Tracker(output, start=step, total=config.train.train_iters, enabled=parallel.rank == 0) as tracker:
+        files, total = (output / METRICS, output / TENSORBOARD), config.train.train_iters
+        with Tracker(*files, start=step, total=total, enabled=parallel.rank == 0) as tracker:
             tracker.say(describe(config, parallel, step))
             train(config, policy, sampler, tracker, step=step)
             export(policy, output / EXPORT, model_dir)

@@ -98,6 +98,11 @@ class Sidecar:
     ) -> None:
         self.stop()
 
+    def check(self) -> None:
+        """Raises SidecarError for a Python without vLLM and for a port in use, before anything has been started."""
+        require_vllm(self._python)
+        _free_port(self._port)
+
     def start(self) -> None:
         """Starts the process tree and returns. Call it on the main thread: the kernel ties the keeper's life to the
         thread that started it. Raises SidecarError for a Python without vLLM and for a port in use."""

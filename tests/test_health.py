@@ -1,0 +1,89 @@
+"""A step's figures, by hand; and what stops an update. Not covered: whether the scores are right (tests/policy)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_rlsc.health import identical_share, measure_health, require_sound
+from megatron_rlsc.types import ResponseScores, Sample
+
+
+def sample(group: int, *tokens: int, finish_reason: str = "stop") -> Sample:
+    return Sample(
+        group=group,
+        sample=0,
+        prompt_index=group,
+        prompt_token_ids=(1,),
+        response_token_ids=tokens,
+        rollout_logprobs=(0.0,) * len(tokens),
+        finish_reason=finish_reason,  # type: ignore[arg-type]
+        seed=0,
+        version="v",
+    )
+
+
+def scores(*logprobs: float, difference: float = 0.0, length: int = 2) -> ResponseScores:
+    return ResponseScores(
+        logprobs=torch.tensor(logprobs, dtype=torch.float64),
+        entropy=torch.full((len(logprobs),), 0.5, dtype=torch.float64),
+        lengths=torch.full((len(logprobs),), length),
+        rollout_difference=torch.full((len(logprobs),), difference, dtype=torch.float64),
+    )
+
+
+def test_by_hand():
+    samples = [sample(0, 5, 9), sample(0, 5, 9), sample(1, 6, 9), sample(1, 7, 8, finish_reason="length")]
+    p = (0.5, 0.5, 0.2, 0.0001)
+    health = measure_health(samples, scores(*map(math.log, p), difference=2e-5), alpha=0.1, shift=0.0)
+    # weights p + alpha: 0.6, 0.6, 0.3, 0.1001
+    assert health.loss == pytest.approx(
+        -(2 * 0.6 * math.log(0.5) + 0.3 * math.log(0.2) + 0.1001 * math.log(0.0001)) / 4
+    )
+    assert health.confidence == pytest.approx((0.5 + 0.5 + 0.2 + 0.0001) / 4)
+    assert health.log_confidence == pytest.approx(math.log(1.2001 / 4))
+    assert health.identical_share == 0.5  # the pair of group 0, not that of group 1
+    assert health.token_probability == pytest.approx((0.5 * 0.5 * 0.2 * 0.0001) ** (1 / 8))
+    assert health.negligible_share == 0.25  # 0.0001 < 0.1 / 100
+    assert health.effective_samples == pytest.approx(1.6001**2 / (0.36 + 0.36 + 0.09 + 0.1001**2))
+    assert not health.underflow
+    assert health.token_entropy == 0.25  # 4 * 0.5 nats over 8 tokens
+    assert (health.response_length, health.truncated_share, health.logprob_difference) == (2.0, 0.25, 2e-5)
+
+
+def test_identical_share_counts_ordered_pairs_within_groups():
+    """a a a b: 6 of 12; c: no pair; a alone in another group is no sibling of the others."""
+    group = [sample(0, 1), sample(0, 1), sample(0, 1), sample(0, 2), sample(1, 1)]
+    assert identical_share(group) == 0.5
+    assert identical_share([sample(0, 1)]) == 0.0
+
+
+def test_long_responses_keep_their_figures_in_log_space():
+    """exp(-900) is 0: F is read from its logarithm, and L1 without a shift says that it learns nothing."""
+    samples = [sample(0, 1, 2), sample(0, 3, 4)]
+    unscaled = measure_health(samples, scores(-900.0, -901.0), alpha=0.0, shift=0.0)
+    assert (unscaled.confidence, unscaled.loss, unscaled.underflow) == (0.0, 0.0, True)
+    assert unscaled.log_confidence == pytest.approx(-900 + math.log((1 + math.exp(-1)) / 2))
+    assert unscaled.effective_samples == pytest.approx((1 + math.exp(-1)) ** 2 / (1 + math.exp(-2)))
+    assert unscaled.negligible_share == 0.0  # there is no alpha to be beside
+    scaled = measure_health(samples, scores(-900.0, -901.0), alpha=0.0, shift=-900.0)
+    assert not scaled.underflow
+    assert scaled.loss == pytest.approx((900 + 901 * math.exp(-1)) / 2)
+    smoothed = measure_health(samples, scores(-900.0, -901.0), alpha=0.1, shift=0.0)
+    assert (smoothed.negligible_share, smoothed.underflow) == (1.0, False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_what_is_not_finite_stops_the_update(bad):
+    with pytest.raises(ValueError, match="step 3: 1 of 2 responses have a log-probability that is not finite"):
+        require_sound(scores(-1.0, bad), 1.0, step=3, max_difference=1e-3)
+    with pytest.raises(ValueError, match=f"gradient norm is {bad}"):
+        require_sound(scores(-1.0, -2.0), bad, step=3, max_difference=1e-3)
+
+
+def test_a_sampler_that_lags_stops_the_update():
+    require_sound(scores(-1.0, difference=9e-4), 1.0, step=1, max_difference=1e-3)
+    with pytest.raises(ValueError, match=r"differs from the trainer's by 0\.31, the limit is 0\.001"):
+        require_sound(scores(-1.0, difference=0.31), 1.0, step=1, max_difference=1e-3)

@@ -1,0 +1,133 @@
+"""What a user got wrong is said in one paragraph, with the remedy, before anything is trained or written.
+
+Not covered: the same mistakes under torchrun, where the paragraph also stands in the table that torchrun ends with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsc.__main__ import main
+
+NO_VLLM = sys.executable
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"problem": "1+2"}\n')
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **flags: object) -> str:
+    """What `python -m megatron_rlsc` says, having ended with 2."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", ["rlsc", *words])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path, questions, base_model, sidecar_python):
+    """error_of a run that is sound but for the flags given; nothing may have been written."""
+
+    def check(**flags: object) -> str:
+        output = tmp_path / "run"
+        sound = {"load": base_model, "data_path": questions, "output_dir": output, "max_response_length": 32}
+        message = error_of(capsys, monkeypatch, **(sound | {"sidecar_python": sidecar_python} | flags))
+        assert not output.exists()
+        assert "Traceback" not in message, message
+        return message
+
+    return check
+
+
+def copy_of(base_model: Path, folder: Path) -> Path:
+    shutil.copytree(base_model, folder)
+    return folder
+
+
+def test_models(refused, base_model, tmp_path):
+    assert f"there is no model at {tmp_path / 'absent'}" in refused(load=tmp_path / "absent")
+
+    other = copy_of(base_model, tmp_path / "llama")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "model_type is 'llama'; this package trains qwen2" in refused(load=other)
+
+    bare = copy_of(base_model, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    assert str(bare) in refused(load=bare)
+
+    cut = copy_of(base_model, tmp_path / "cut")
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "model.safetensors" in refused(load=cut)
+
+
+def test_layouts(refused):
+    message = refused(tensor_model_parallel_size=3)
+    assert "3 does not fit 4 attention heads, 2 KV heads and an MLP of 256: 1, 2, 4 do" in message
+    assert "2 ranks do not divide the world of 1" in refused(pipeline_model_parallel_size=2)
+
+
+def test_prompts(refused, questions, tmp_path):
+    assert "there is no prompt file" in refused(data_path=tmp_path / "absent.jsonl")
+    for content, told in [
+        ("", "has no questions"),
+        ('{"problem": "1+1"}\nnonsense\n', "line 2: not JSON"),
+        ('{"problem": "1+1"}\n{"text": "2+2"}\n', "line 2: neither `problem` nor `question`"),
+        (json.dumps({"problem": "9" * 5000}), "line 1: the prompt has 5"),
+    ]:
+        questions.write_text(content)
+        assert told in refused()
+    questions.write_text('{"problem": "1+2"}\n')
+    assert "the model's context leaves" in refused(max_response_length=4096)
+
+
+def test_sidecars(refused, tmp_path):
+    assert "bash tools/setup_env.sh" in refused(sidecar_python=NO_VLLM)
+    assert "bash tools/setup_env.sh" in refused(sidecar_python=tmp_path / "no-python")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port}" in refused(sidecar_port=port)
+
+
+def test_journals(refused, tmp_path):
+    assert "has no step-000001.jsonl to replay" in refused(replay_rollouts=tmp_path)
+
+
+def test_values(refused):
+    """The flags' parser frames these, and so breaks their lines."""
+    assert "top_p=0.9 is refused in training" in refused(top_p=0.9)
+    assert "is neither qwen25-math-cot nor plain" in refused(prompt_template="Solve this:")
+    assert "Unrecognized options: --max-respons-length=5" in refused(max_respons_length=5)
+
+
+def test_an_output_folder_in_use_is_left_alone(capsys, monkeypatch, tmp_path, questions, base_model, sidecar_python):
+    sound = {"load": base_model, "data_path": questions, "max_response_length": 32, "sidecar_python": sidecar_python}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("mine")
+    assert "holds something that is no run" in error_of(capsys, monkeypatch, output_dir=run, **sound)
+    (run / "config.toml").write_text("")
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert "--resume goes on with it, --overwrite deletes it" in error_of(capsys, monkeypatch, output_dir=run, **sound)
+    assert (run / "thesis.tex").read_text() == "mine"
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    """A mistake of ours is not dressed up as the user's."""
+    monkeypatch.setattr(sys, "argv", ["rlsc", "--config=/dev/null/recipe.toml"])
+    with pytest.raises(NotADirectoryError):
+        main()
