@@ -26,13 +26,13 @@ def questions(tmp_path: Path) -> Path:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **flags: object) -> str:
-    """What `python -m megatron_rlsc` says, having ended with 2."""
+    """What `python -m megatron_rlsc` says, having ended with 2; on one line, however it was broken."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     monkeypatch.setattr(sys, "argv", ["rlsc", *words])
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 2
-    return capsys.readouterr().err
+    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture
@@ -108,7 +108,6 @@ def test_journals(refused, tmp_path):
 
 
 def test_values(refused):
-    """The flags' parser frames these, and so breaks their lines."""
     assert "top_p=0.9 is refused in training" in refused(top_p=0.9)
     assert "is neither qwen25-math-cot nor plain" in refused(prompt_template="Solve this:")
     assert "Unrecognized options: --max-respons-length=5" in refused(max_respons_length=5)
