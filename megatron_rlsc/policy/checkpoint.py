@@ -112,7 +112,7 @@ def load_checkpoint(
     except dist_checkpointing.core.CheckpointingException as error:
         raise ValueError(f"{path} does not hold this model: {error}") from None
     except CheckpointException as error:  # a BaseException, with each rank's own
-        cause, _ = next(iter(error.failures.values()))
+        cause = next((cause for cause, _ in error.failures.values()), error)
         raise ValueError(f"{path} cannot be loaded into this model: {cause}") from None
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
