@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -99,8 +100,6 @@ def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_rlsc.policy.parallel import destroy_parallel
-
     torch.set_num_threads(1)
     while True:
         try:
@@ -115,7 +114,12 @@ def _serve(rank: int, pipe: Connection) -> None:
             )
             answer = True, function(*args)
             dist.barrier()  # nobody leaves while another still reads from it
-            destroy_parallel()
+            if "megatron" in sys.modules:
+                from megatron_rlsc.policy.parallel import destroy_parallel
+
+                destroy_parallel()
+            else:
+                dist.destroy_process_group()
         except BaseException:  # noqa: BLE001 the other end raises it
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
