@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DYING_SECONDS = 10.0
+"""What a sidecar that has failed is given to end, so that the end of its log can be shown."""
+
+
 class Sampler(Protocol):
     """What the loop asks for responses."""
 
@@ -146,7 +150,7 @@ class VllmSampler:
     def _explain(self) -> None:
         """A dead sidecar is the cause of any error over HTTP: raises with the end of its log instead."""
         if self._sidecar is not None:
-            self._sidecar.check_alive()
+            self._sidecar.check_alive(wait=DYING_SECONDS)
 
 
 def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler:

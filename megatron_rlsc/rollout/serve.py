@@ -36,6 +36,13 @@ ALWAYS = [
 ]
 """After the caller's flags, which they override."""
 
+ON_CPU = [
+    "--enforce-eager",
+    # A prompt split over two passes rewinds the generator of its seed; CPU generators cannot, and the engine dies.
+    "--no-enable-chunked-prefill",
+]
+"""Likewise, on CPUs."""
+
 
 def main(argv: list[str]) -> None:
     """Serves until SIGTERM. Raises ValueError without a key."""
@@ -54,7 +61,7 @@ def _serve(argv: list[str]) -> None:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    args = _parse([*DEFAULTS, *argv, *ALWAYS, *(["--enforce-eager"] if on_cpu else [])])
+    args = _parse([*DEFAULTS, *argv, *ALWAYS, *(ON_CPU if on_cpu else [])])
     if on_cpu:
         _settle_on_cpu(args.tensor_parallel_size)
 

@@ -149,11 +149,15 @@ class Sidecar:
                 raise self._failure(f"answered {answer.status_code} to its first request: {answer.text.strip()}")
         raise self._failure(f"generated nothing within {self._timeout:g} s")
 
-    def check_alive(self) -> None:
-        """Raises SidecarError if the sidecar has ended. Cheap: call it wherever its death would explain an error."""
+    def check_alive(self, *, wait: float = 0.0) -> None:
+        """Raises SidecarError if the sidecar has ended, or does so within `wait` seconds: call it wherever its death
+        would explain an error. A server whose engine has died answers 500 for a moment before it ends."""
         if self._keeper is None:
             raise SidecarError("the sidecar was not started")
-        status = self._keeper.poll()
+        try:
+            status = self._keeper.wait(wait) if wait else self._keeper.poll()
+        except subprocess.TimeoutExpired:
+            status = None
         if status is not None:
             raise self._failure(f"ended with status {status}")
 

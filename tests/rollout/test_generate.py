@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from served_tiny import PROMPTS, TinyModel, build_client
+from served_tiny import PROMPTS, VOCAB_SIZE, TinyModel, build_client
 
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError, request_seed
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import WeightSync
+from megatron_rlsc.types import Prompt
 
 
 def likely_tokens(tiny: TinyModel, count: int) -> tuple[int, ...]:
@@ -83,3 +84,14 @@ def test_what_does_not_fit_is_refused_at_the_start(sidecar: Sidecar, client: Rol
 def test_a_wrong_key_is_named(sidecar: Sidecar) -> None:
     with pytest.raises(RolloutError, match="answered 401"):
         build_client(sidecar.url, "wrong")
+
+
+def test_more_prompt_tokens_at_once_than_a_pass_takes(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync) -> None:
+    """64 prompts of 250 tokens, 4 responses each: were a prompt split over two passes, vLLM would rewind the generator
+    of its seed, which CPU generators cannot do, and the engine would die."""
+    version = sync.push(tiny.weights().items())
+    prompts = [
+        Prompt(index=i, text="", token_ids=tuple((i * 7 + j * j) % VOCAB_SIZE for j in range(250))) for i in range(64)
+    ]
+    samples = build_client(sidecar.url, sidecar.key).generate(prompts, step=0, version=version)
+    assert len(samples) == 64 * 4
