@@ -7,13 +7,16 @@
 #     --pipeline-model-parallel-size 2      two pipeline stages instead of two tensor-parallel ranks
 #     --tensor-model-parallel-size 1        two data-parallel replicas
 #     --seed 5 --output-dir runs/seed-5     --overwrite     --resume
+# Another model, and other questions; without --eval-data they are measured on too, and need an `answer` for that:
+#     --load HF_DIR   --data-path QUESTIONS.jsonl --prompt-template qwen25-math-cot --apply-chat-template
+#     --eval-data PROBLEMS.jsonl
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 base=checkpoints/rlsc-tiny-base
-megatron=checkpoints/rlsc-tiny-megatron
+problems=examples/data/addition_heldout.jsonl
 output=runs/rlsc-tiny
-trainer='' sidecar='' layout=(--tensor-model-parallel-size 2) flags=()
+trainer='' sidecar='' eval_data='' layout=(--tensor-model-parallel-size 2) flags=()
 
 while (($#)); do
     # `--flag=value` as `--flag value`
@@ -21,6 +24,9 @@ while (($#)); do
     case ${1//_/-} in
         --trainer-python) trainer=${2:?"$1 needs a path"} && shift 2 && continue ;;
         --sidecar-python) sidecar=${2:?"$1 needs a path"} && shift 2 && continue ;;
+        --load) base=${2:?"$1 needs a path"} && shift 2 && continue ;;
+        --eval-data) problems=${2:?"$1 needs a path"} eval_data=given && shift 2 && continue ;;
+        --data-path) [[ -n $eval_data ]] || problems=${2:?"$1 needs a path"} ;;
         --output-dir) output=${2:?"$1 needs a path"} ;;
         --tensor-model-parallel-size | --pipeline-model-parallel-size) layout=() ;;
     esac
@@ -34,15 +40,15 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 # Two ranks and vLLM share the cores: each rank with one thread.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+megatron=checkpoints/$(basename "$base")-megatron
 "$trainer" tools/convert_hf.py to-megatron --hf-dir "$base" --megatron-dir "$megatron" --overwrite
 
 "$trainer" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_rlsc --config examples/rlsc_tiny.toml \
-    --sidecar-python "$sidecar" "${layout[@]}" "${flags[@]}"
+    --load "$megatron" --sidecar-python "$sidecar" "${layout[@]}" "${flags[@]}"
 
 evaluate() { # HF_DIR NAME: a fresh process that knows no trainer
-    "$trainer" tools/evaluate.py --hf-dir "$1" --output "$output/evaluation/$2.json" \
-        --data examples/data/addition_heldout.jsonl --prompt-template '{problem}=' --no-apply-chat-template \
-        --temperature 0.5 --max-response-length 48 --batch-size 250
+    "$trainer" tools/evaluate.py --hf-dir "$1" --config "$output/config.toml" --data "$problems" \
+        --output "$output/evaluation/$2.json" --batch-size 250
 }
 evaluate "$base" base
 evaluate "$output/hf" rlsc

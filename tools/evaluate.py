@@ -1,16 +1,18 @@
 """Measures an HF model on problems with answers: greedy, and sampled at a temperature. Uses transformers alone.
 
-python tools/evaluate.py --hf-dir runs/rlsc/hf --data aime24.jsonl --output aime24.json
+python tools/evaluate.py --hf-dir runs/rlsc/hf --config runs/rlsc/config.toml --data aime24.jsonl --output aime24.json
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
+
+from megatron_rlsc.config import Config, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,14 +23,8 @@ class Args:
     """Problems: a JSONL whose lines have a `problem` or a `question`, and an `answer`."""
     output: Path
     """Where the measurement goes, as JSON."""
-    temperature: float = 0.5
-    """Of the sampled responses."""
-    max_response_length: int = 3072
-    """Tokens of a response, the stop token included."""
-    prompt_template: str = "qwen25-math-cot"
-    """As in training: `qwen25-math-cot`, `plain`, or a text of your own with `{problem}` in it."""
-    apply_chat_template: bool = True
-    """As in training: wrap the prompt in the tokenizer's chat template."""
+    config: Path | None = None
+    """A recipe, or a run's config.toml: its prompt template, temperature and length. Default: the trainer's."""
     batch_size: int = 64
     """Responses generated at one time."""
     seed: int = 1234
@@ -37,28 +33,37 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    from megatron_rlsc.config import DataConfig
-    from megatron_rlsc.evaluation.measure import measure  # torch and transformers, after --help
+    import transformers  # and torch, after --help
 
+    from megatron_rlsc.evaluation.measure import measure
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
-        data = DataConfig(
-            data_path=args.data, prompt_template=args.prompt_template, apply_chat_template=args.apply_chat_template
-        )
+        config = load_recipe(args.config) if args.config else Config()
+        data = replace(config.data, data_path=args.data)
         measurement = measure(
             args.hf_dir,
             data,
-            temperature=args.temperature,
-            max_response_length=args.max_response_length,
+            temperature=config.rollout.temperature,
+            max_response_length=config.rollout.max_response_length,
             batch_size=args.batch_size,
             seed=args.seed,
         )
     except ValueError as error:
         sys.exit(f"evaluate: error: {error}")
+    settings = asdict(data) | {
+        "hf_dir": args.hf_dir,
+        "temperature": config.rollout.temperature,
+        "max_response_length": config.rollout.max_response_length,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(asdict(args) | asdict(measurement), indent=2, default=str) + "\n")
+    args.output.write_text(json.dumps(settings | asdict(measurement), indent=2, default=str) + "\n")
     print(
         f"{args.hf_dir}: {measurement.problems} problems, greedy {measurement.greedy.accuracy:.1f} %, "
-        f"T={args.temperature} {measurement.sampled.accuracy:.1f} %"
+        f"T={config.rollout.temperature} {measurement.sampled.accuracy:.1f} %"
     )
 
 

@@ -55,8 +55,8 @@ def model_summary(measured: dict[str, Any]) -> dict[str, Any]:
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Accuracy, length and cut responses, base and trained."""
-    head = f"held-out problems: {after['problems']}"
-    rows = [f"\n{head:<26}{'base':>8}{'rlsc':>8}{'gain':>8}"]
+    head = f"{after['problems']} problems of {Path(after['data_path']).name}"
+    rows = [f"\n{head}", f"{'':<26}{'base':>8}{'rlsc':>8}{'gain':>8}"]
     for kind, name in (("greedy", "greedy"), ("sampled", f"sampled at T={after['temperature']}")):
         for figure, unit in (("accuracy", "right, %"), ("response_length", "tokens"), ("truncated", "cut, %")):
             old, new = before[kind][figure], after[kind][figure]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def generate(
     )
     responses: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together: little padding
-    with tqdm(total=len(prompts), desc=title, unit="problem") as progress:
+    with tqdm(total=len(prompts), desc=title, unit="problem", disable=not sys.stderr.isatty()) as progress:
         for first in range(0, len(prompts), batch_size):
             rows = longest_first[first : first + batch_size]
             width = len(prompts[rows[0]])

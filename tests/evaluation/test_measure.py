@@ -82,19 +82,12 @@ def test_evaluate_and_summarize(tmp_path):
     lines = (ROOT / "examples/data/addition_heldout.jsonl").read_text().splitlines(keepends=True)[:20]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     run(
-        *(
-            "tools/evaluate.py",
-            "--hf-dir",
-            BASE,
-            "--data",
-            tmp_path / "p.jsonl",
-            "--output",
-            tmp_path / "out/base.json",
-        ),
-        *("--prompt-template", "{problem}=", "--no-apply-chat-template", "--max-response-length", "48"),
+        *("tools/evaluate.py", "--hf-dir", BASE, "--config", ROOT / "examples/rlsc_tiny.toml"),
+        *("--data", tmp_path / "p.jsonl", "--output", tmp_path / "out/base.json"),
     )
     base = json.loads((tmp_path / "out/base.json").read_text())
-    assert base["problems"] == 20 and 10 < base["greedy"]["accuracy"] < 80
+    assert (base["problems"], base["temperature"], base["prompt_template"]) == (20, 0.5, "{problem}=")
+    assert 10 < base["greedy"]["accuracy"] < 80
     checksum = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
     assert base["weights_sha256"] == {"model.safetensors": checksum}
 
@@ -107,7 +100,7 @@ def test_evaluate_and_summarize(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["base"] == summary["rlsc"] and summary["base"]["greedy"] == base["greedy"]["accuracy"]
     assert (summary["steps"], summary["pushes"], summary["worst_logprob_difference"]) == (2, 3, 1e-5)
-    assert "held-out problems: 20" in out and "+0.0" in out
+    assert "20 problems of p.jsonl" in out and "+0.0" in out
 
 
 def run(*words: object) -> str:
