@@ -124,7 +124,7 @@ def _block_spec(spec: Spec, config: TransformerConfig) -> ModuleSpec | Transform
 def _transformer_config(
     shape: ModelShape, layout: ParallelConfig, parallel: Parallel, dtype: torch.dtype
 ) -> TransformerConfig:
-    on_cpu = parallel.device.type == "cpu"
+    on_cpu = parallel.device.type != "cuda"
     return TransformerConfig(
         # The architecture
         num_layers=shape.num_hidden_layers,
