@@ -1,7 +1,8 @@
 """Every setting: frozen dataclasses, checked when they are made, read from a TOML recipe and flags that override it.
 
 A flag is a field's name with dashes (`--tensor-model-parallel-size 2`); a recipe holds the same fields under its
-section (`[parallel]`). Names are Megatron's and vLLM's where they have one.
+section (`[parallel]`). Names are Megatron's and vLLM's where they have one. The dataclasses need the standard library
+alone; the libraries of the command line are imported where it is read, so that the policy runs without them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,6 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import dacite
-import tomli_w
-import tyro
-from tyro.conf import OmitArgPrefixes
 
 
 def _require(ok: bool, message: str) -> None:
@@ -202,24 +198,26 @@ class TrainConfig:
 class Config:
     """Train Qwen2.5 on its own confidence: RLSC on megatron-core, with vLLM for the responses."""
 
-    model: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     """What is trained."""
-    parallel: OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Where it lies; data parallelism is what is left of the world."""
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     """What it is asked."""
-    rollout: OmitArgPrefixes[RolloutConfig] = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How it answers."""
-    objective: OmitArgPrefixes[ObjectiveConfig] = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What it learns."""
-    optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How fast."""
-    train: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     """How long, and where it is written."""
 
 
 def load_recipe(path: Path) -> Config:
     """Reads a TOML recipe. Unknown sections and keys, and values of the wrong type, raise ValueError with the name."""
+    import dacite
+
     try:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -241,6 +239,7 @@ def _to_float(value: Any) -> Any:
 
 def dump_recipe(config: Config) -> str:
     """The config as a TOML recipe that `load_recipe` reads back; unset fields are left out."""
+    import tomli_w
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -256,6 +255,8 @@ def parse_config(argv: list[str] | None = None, *, console_outputs: bool = True)
     Raises ValueError on bad values, and SystemExit after `--help` and on unknown flags; those are silent without
     `console_outputs`, for all ranks but one.
     """
+    import tyro
+
     argv = list(sys.argv[1:] if argv is None else argv)
     default = Config()
     for i, word in enumerate(argv):
@@ -266,7 +267,7 @@ def parse_config(argv: list[str] | None = None, *, console_outputs: bool = True)
             default = load_recipe(Path(path))
             break
     return tyro.cli(
-        Config,
+        tyro.conf.OmitArgPrefixes[Config],
         prog="python -m megatron_rlsc",
         description=f"{Config.__doc__}\n\n--config RECIPE.toml is read first, flags override it.",
         default=default,

@@ -101,7 +101,7 @@ def test_vllm_is_imported_in_the_sidecar_only():
 
 @pytest.mark.parametrize("name", ["config", "types"])
 def test_the_ground_floor_stands_on_the_standard_library(name):
-    """And on the libraries of the command line; `types` names torch for type checkers alone."""
+    """And on the libraries of the command line, where that is read; `types` names torch for type checkers alone."""
     roots = {name.split(".")[0] for name in imports(PACKAGE / f"{name}.py")}
     foreign = roots - sys.stdlib_module_names
     assert foreign <= {"dacite", "tomli_w", "tyro"} | ({"torch"} if name == "types" else set())
@@ -121,6 +121,20 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 def test_imports_no_torch(name):
     done = run(f"import sys, megatron_rlsc.{name}; print('torch' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
+
+
+WITHOUT = """
+import sys
+for name in ("dacite", "httpx", "psutil", "tensorboard", "tomli_w", "tqdm", "tyro", "vllm"):
+    sys.modules[name] = None
+import megatron_rlsc.policy.policy, megatron_rlsc.policy.convert
+"""
+
+
+def test_the_policy_needs_no_command_line_and_no_sampler():
+    """A machine that is lent to look at kernels has torch and megatron-core, and may have no more."""
+    done = run(WITHOUT)
+    assert done.returncode == 0, done.stderr
 
 
 HELP = """
