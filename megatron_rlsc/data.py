@@ -1,15 +1,13 @@
-"""Questions on disk as token ids: the prompt file, the template around a question, the tokenizer, the stop set."""
+"""Questions on disk as token ids: the prompt file, the template around a question."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_rlsc.config import DataConfig
+from megatron_rlsc.tokenizer import Message, Tokenizer
 from megatron_rlsc.types import Prompt
 
 COT_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -17,34 +15,10 @@ COT_SYSTEM_PROMPT = "Please reason step by step, and put your final answer withi
 QUESTION_FIELDS = ("problem", "question")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an HF folder, read from its own files alone. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from None
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
-    """The one stop set: the tokenizer's end of sequence and those of generation_config.json, ascending.
-
-    The first of them ends a response and is its last token. Raises ValueError where there is none.
-    """
-    path = folder / "generation_config.json"
-    configured = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    found = configured if isinstance(configured, list) else [configured]
-    stops = {token_id for token_id in (*found, tokenizer.eos_token_id) if token_id is not None}
-    if not stops:
-        raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in generation_config.json")
-    return tuple(sorted(stops))
-
-
 class PromptSource:
     """The prompts of every step, in an order that is a function of (seed, step) alone: resuming needs no cursor."""
 
-    def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_prompt_tokens: int
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, seed: int, max_prompt_tokens: int) -> None:
         """Reads, renders and tokenizes the whole file.
 
         Args:
@@ -110,9 +84,9 @@ def _question(line: bytes, where: str) -> str:
     raise ValueError(f"{where}: neither `problem` nor `question` holds a text; the line has {there}")
 
 
-def render(question: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def render(question: str, config: DataConfig, tokenizer: Tokenizer) -> str:
     """The text that the model continues: template, then chat template."""
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     if config.prompt_template == "qwen25-math-cot":
         messages.append({"role": "system", "content": COT_SYSTEM_PROMPT})
         content = question
@@ -123,12 +97,13 @@ def render(question: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
     messages.append({"role": "user", "content": content})
     if not config.apply_chat_template:
         return "\n".join(message["content"] for message in messages)
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: --no-apply-chat-template goes without")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not tokenizer.has_chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, in its own files nor in a chat_template.jinja: "
+            "--no-apply-chat-template goes without"
+        )
+    return tokenizer.apply_chat_template(messages)
 
 
-def _tokenized(text: str, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    return Prompt(
-        index=index, text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-    )
+def _tokenized(text: str, index: int, tokenizer: Tokenizer) -> Prompt:
+    return Prompt(index=index, text=text, token_ids=tuple(tokenizer.encode(text)))

@@ -14,13 +14,14 @@ from megatron_rlsc.config import Config, RolloutConfig
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.data import PromptSource, load_tokenizer, stop_token_ids
+from megatron_rlsc.data import PromptSource
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
 from megatron_rlsc.rollout.wire import KEY_VARIABLE
 from megatron_rlsc.run_dir import SIDECAR_LOG
+from megatron_rlsc.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Sample
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_rlsc.config import DataConfig
-from megatron_rlsc.data import PromptSource, load_tokenizer, stop_token_ids
+from megatron_rlsc.data import PromptSource
+from megatron_rlsc.tokenizer import load_tokenizer
 
 BASE = Path(__file__).parent.parent / "checkpoints/rlsc-tiny-base"
 
@@ -29,19 +31,6 @@ def source(path: Path, tokenizer, max_prompt_tokens: int = 1000, **fields) -> Pr
     return PromptSource(config, tokenizer, seed=7, max_prompt_tokens=max_prompt_tokens)
 
 
-def test_stop_set_is_the_union(tokenizer, tmp_path):
-    """256 <|endoftext|> from the tokenizer, [256, 258] from generation_config.json; alone where that has none."""
-    assert stop_token_ids(tokenizer, BASE) == (256, 258)
-    assert stop_token_ids(tokenizer, tmp_path) == (256,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert stop_token_ids(tokenizer, tmp_path) == (3, 256)
-
-
-def test_load_tokenizer_names_the_folder(tmp_path):
-    with pytest.raises(ValueError, match="absent has no tokenizer"):
-        load_tokenizer(tmp_path / "absent")
-
-
 def test_math_cot_in_the_chat_template(tokenizer, tmp_path):
     path = write(tmp_path / "q.jsonl", {"question": "What is {1, 2}?"})
     (prompt,) = source(
@@ -51,7 +40,7 @@ def test_math_cot_in_the_chat_template(tokenizer, tmp_path):
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\nWhat is {1, 2}?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == prompt.text
     assert prompt.token_ids.count(257) == 3  # <|im_start|> is one token, once for each message
 
 
@@ -114,8 +103,11 @@ def test_not_utf8(tokenizer, tmp_path):
 
 
 def test_no_chat_template(tmp_path):
-    tokenizer = load_tokenizer(BASE)
-    tokenizer.chat_template = None
+    folder = shutil.copytree(BASE, tmp_path / "base")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink()
     path = write(tmp_path / "q.jsonl", {"problem": "1"})
-    with pytest.raises(ValueError, match="no chat template: --no-apply-chat-template"):
-        source(path, tokenizer, apply_chat_template=True)
+    with pytest.raises(ValueError, match=r"no chat template.*--no-apply-chat-template"):
+        source(path, load_tokenizer(folder), apply_chat_template=True)

@@ -26,6 +26,7 @@ FLOORS = {
     "objective": 1,
     "planning": 1,
     "run_dir": 1,
+    "tokenizer": 1,
     "tracking": 1,
     "policy": 2,
     "rollout": 2,
@@ -38,7 +39,9 @@ FLOORS = {
 NEIGHBOURS = {
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
     ("health", "objective"),  # the weights that a step's figures are about
+    ("data", "tokenizer"),  # prompts are token ids
     ("evaluation", "data"),  # questions are asked as they are in training
+    ("evaluation", "tokenizer"),
     ("train", "sampler"),
     ("__main__", "train"),
 }

@@ -25,6 +25,7 @@ COMPANIONS = (  # what makes a folder of weights a model that loads and speaks
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",  # SentencePiece's
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rlsc.config import DataConfig
-from megatron_rlsc.data import load_tokenizer, render, stop_token_ids
+from megatron_rlsc.data import render
 from megatron_rlsc.evaluation.generation import generate
 from megatron_rlsc.evaluation.grading import grade
 from megatron_rlsc.evaluation.problems import read_problems
+from megatron_rlsc.tokenizer import load_tokenizer, stop_token_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +57,7 @@ def measure(
     if not weights:
         raise ValueError(f"{hf_dir} is no HF model: it has no *.safetensors")
     problems, tokenizer = read_problems(data.data_path), load_tokenizer(hf_dir)
-    prompts = [
-        tokenizer.encode(render(problem.question, data, tokenizer), add_special_tokens=False) for problem in problems
-    ]
+    prompts = [tokenizer.encode(render(problem.question, data, tokenizer)) for problem in problems]
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype="auto", local_files_only=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
@@ -80,7 +79,7 @@ def measure(
             seed=seed,
             title=title,
         )
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
         return Score(
             accuracy=_percent([grade(text, problem.answer) for text, problem in zip(texts, problems)]),
             response_length=sum(map(len, responses)) / len(responses),

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rlsc.config import DataConfig
-from megatron_rlsc.data import load_tokenizer
 from megatron_rlsc.evaluation.generation import generate
 from megatron_rlsc.evaluation.measure import measure
 from megatron_rlsc.evaluation.problems import Problem, read_problems
+from megatron_rlsc.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "checkpoints/rlsc-tiny-base"

@@ -1,0 +1,165 @@
+"""Text to token ids and back: tokenizers of Hugging Face folders and SentencePiece models, behind one interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+SENTENCEPIECE_MODEL = "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"
+HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+Message = dict[str, str]
+"""`role` and `content`."""
+
+
+class Tokenizer(Protocol):
+    """What the trainer asks of a tokenizer. Nothing is added to a text that is not in it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Its largest id + 1, special tokens included."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Its end of sequence."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` may be called."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone: no beginning or end of sequence."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids. An id without a token, as a padded vocabulary has them, is no text."""
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, up to where the assistant speaks."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder, read from its own files alone; from `tokenizer.model` where HF's are absent.
+
+    Raises ValueError where there is none.
+    """
+    if (folder / SENTENCEPIECE_MODEL).is_file() and not any((folder / name).is_file() for name in HF_FILES):
+        return SentencePieceTokenizer(folder)
+    try:
+        return HFTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+
+
+def stop_token_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
+    """The one stop set: the tokenizer's end of sequence and those of generation_config.json, ascending.
+
+    The first of them ends a response and is its last token. Raises ValueError where there is none.
+    """
+    path = folder / "generation_config.json"
+    configured = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    stops = {token_id for token_id in (*found, tokenizer.eos_token_id) if token_id is not None}
+    if not stops:
+        raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in generation_config.json")
+    return tuple(sorted(stops))
+
+
+class HFTokenizer:
+    """Any tokenizer that transformers loads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizer.eos_token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.get_vocab().get(token)
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> str:
+        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, and the chat template in the file beside it.
+
+    Only what the model declares as a user-defined symbol is one token inside a text. Control symbols (`<s>`, `</s>`) in
+    a text are its characters, as SentencePiece reads them, and decoding leaves them out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError for a file that is no SentencePiece model."""
+        path = folder / SENTENCEPIECE_MODEL
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no SentencePiece model: {error}") from None
+        ids = range(self._model.get_piece_size())
+        self._control_symbols = [
+            self._model.id_to_piece(token_id) for token_id in ids if self._model.is_control(token_id)
+        ]
+        self._template_path = folder / CHAT_TEMPLATE
+        self._template = self._template_path.read_text() if self._template_path.is_file() else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_piece_size()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._model.eos_id() if self._model.eos_id() >= 0 else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return self._model.decode([token_id for token_id in token_ids if token_id < self.vocab_size])
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self._model.piece_to_id(token)  # of the unknown token, where there is none
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> str:
+        """Raises ValueError where the template itself writes a control symbol: the model would read its characters."""
+        special = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
+        names = {name: self._model.id_to_piece(token_id) for name, token_id in special.items() if token_id >= 0}
+        (text,), _ = render_jinja_template(
+            [list(messages)], chat_template=self._template, add_generation_prompt=True, **names
+        )
+        asked = "".join(message["content"] for message in messages)
+        written = [symbol for symbol in self._control_symbols if text.count(symbol) > asked.count(symbol)]
+        if written:
+            raise ValueError(
+                f"{self._template_path} writes {', '.join(written)}: control symbols, which SentencePiece reads as "
+                f"plain characters. Take them out of the template, or go without it by --no-apply-chat-template"
+            )
+        return text
