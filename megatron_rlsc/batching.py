@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from megatron_rlsc.types import MicroBatch, Sample
+from megatron_rlsc.types import DataShare, MicroBatch, Sample
 
 FILLER = -1
 """The sample id of a document that counts for nothing."""
+PADDING = 0
+"""A token like any other, behind a document's end: nothing attends to it and nothing is read off it."""
 
 
-def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list[list[list[int]]]:
+def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int, multiple: int = 1) -> list[list[list[int]]]:
     """Which samples go into which micro-batch of which replica.
 
     Longest first, each into the emptiest of the packs that has room (LPT), with the least number of packs for which
     that works out; every replica gets the same number of them.
 
     Args:
-        lengths: [B] tokens of each sample, prompt included.
+        lengths: [B] tokens of each sample, prompt and padding included.
         dp_size: data-parallel replicas.
         max_tokens: of one micro-batch.
+        multiple: of which the micro-batches of a replica are.
 
     Returns:
         [dp_size][micro-batches] lists of sample ids; a list may be empty when there are fewer samples than packs.
@@ -37,7 +41,7 @@ def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list
             f"a sample of {lengths[order[0]]} tokens does not fit a micro-batch of {max_tokens}: "
             f"raise --max-tokens-per-micro-batch"
         )
-    per_replica = max(1, math.ceil(sum(lengths) / (max_tokens * dp_size)))
+    per_replica = _round_up(max(1, math.ceil(sum(lengths) / (max_tokens * dp_size))), multiple)
     while True:
         packs: list[list[int]] = [[] for _ in range(per_replica * dp_size)]
         loads = [0] * len(packs)
@@ -49,7 +53,7 @@ def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list
             loads[emptiest] += lengths[i]
         else:
             break
-        per_replica += 1
+        per_replica += multiple
     # Heaviest packs dealt back and forth over the replicas, so that their sums come out even.
     packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
     replicas: list[list[list[int]]] = [[] for _ in range(dp_size)]
@@ -60,8 +64,10 @@ def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int) -> list
     return replicas
 
 
-def build_micro_batch(samples: Sequence[Sample], sample_ids: Sequence[int], *, device: torch.device) -> MicroBatch:
-    """Lays the samples end to end. `sample_ids` are their rows in the global batch."""
+def build_micro_batch(
+    samples: Sequence[Sample], sample_ids: Sequence[int], *, share: DataShare, device: torch.device
+) -> MicroBatch:
+    """Lays the samples end to end, and takes this rank's part. `sample_ids` are their rows in the global batch."""
     tokens: list[int] = []
     bounds = [0]
     positions: list[int] = []
@@ -76,30 +82,54 @@ def build_micro_batch(samples: Sequence[Sample], sample_ids: Sequence[int], *, d
         rollout_logprobs.extend(sample.rollout_logprobs)
         tokens.extend(sample.prompt_token_ids)
         tokens.extend(sample.response_token_ids)
+        multiple = share.document_multiple if document < len(samples) - 1 else share.pack_multiple
+        tokens.extend([PADDING] * (_round_up(len(tokens), multiple) - len(tokens)))
         bounds.append(len(tokens))
 
     def ids(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64)
 
+    part = _part_of(bounds, share)
+    place = torch.full((len(tokens),), -1).index_copy(0, part, torch.arange(len(part)))[ids(positions)]
+    here = place >= 0
     return MicroBatch(
-        tokens=ids(tokens),
+        tokens=ids(tokens)[part].to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
-        max_seqlen=max(sample.length for sample in samples),
-        positions=ids(positions),
-        targets=ids(targets),
-        segments=ids(segments),
-        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32, device=device),
-        sample_ids=ids(sample_ids),
+        max_seqlen=max(stop - start for start, stop in pairwise(bounds)),
+        positions=place[here].to(device),
+        targets=ids(targets)[here].to(device),
+        segments=ids(segments)[here].to(device),
+        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32)[here].to(device),
+        sample_ids=ids(sample_ids).to(device),
     )
 
 
-def pack(
-    samples: Sequence[Sample], dp_rank: int, dp_size: int, max_tokens: int, device: torch.device
-) -> list[MicroBatch]:
-    """One replica's micro-batches of the global batch; where a pack would be empty, the shortest sample fills it."""
-    plan = plan_packs([sample.length for sample in samples], dp_size=dp_size, max_tokens=max_tokens)
+def _part_of(bounds: Sequence[int], share: DataShare) -> Tensor:
+    """[t] where the tokens of this context-parallel rank stand in the whole pack."""
+    chunks: list[Tensor] = []
+    for start, stop in pairwise(bounds):
+        document = torch.arange(start, stop).chunk(share.document_multiple)
+        chunks += [document[share.cp_rank], document[-1 - share.cp_rank]] if share.cp_size > 1 else document
+    return torch.cat(chunks)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def pack(samples: Sequence[Sample], share: DataShare, *, max_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """A rank's micro-batches of the global batch; where a pack would be empty, the shortest sample fills it.
+
+    Raises ValueError where a sample, padded as the layout asks, is longer than `max_tokens`.
+    """
+    plan = plan_packs(
+        [share.padded(sample.length) for sample in samples],
+        dp_size=share.dp_size,
+        max_tokens=share.capacity(max_tokens),
+        multiple=share.micro_batch_multiple,
+    )
     shortest = min(samples, key=lambda sample: sample.length)
     return [
-        build_micro_batch([samples[i] for i in ids] or [shortest], ids or [FILLER], device=device)
-        for ids in plan[dp_rank]
+        build_micro_batch([samples[i] for i in ids] or [shortest], ids or [FILLER], share=share, device=device)
+        for ids in plan[share.dp_rank]
     ]

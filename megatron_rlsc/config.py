@@ -44,15 +44,53 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """TP: ranks that share each matrix. Must divide the attention heads."""
     pipeline_model_parallel_size: int = 1
-    """PP: stages of layers. Must divide the layers."""
+    """PP: stages of layers. PP x virtual stages must divide the layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """VPP: runs of layers on each stage, interleaved: a smaller bubble for more messages. Needs PP of 2 or more."""
+    context_parallel_size: int = 1
+    """CP: ranks that share each document's tokens, two chunks of it each."""
+    sequence_parallel: bool = False
+    """Shard the activations between the matrices over the TP ranks as well."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO 1)."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over replicas while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's parameters while the next forward pass runs. The weight push after every step
+    waits for all of them, so it gains only with updates_per_rollout > 1."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Save memory: compute again in the backward pass the core attention alone, or whole layers."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Of full: all layers, in runs of recompute_num_layers, or that many of a stage's first layers."""
+    recompute_num_layers: int | None = None
+    """Of full: see recompute_method."""
     distributed_timeout_minutes: int = 30
     """A collective that takes longer than this ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"):
+        sizes = [field.name for field in dataclasses.fields(self) if field.name.endswith("_size")]
+        for name in (*sizes, "distributed_timeout_minutes"):
             _require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}")
+        pp, vpp = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        _require(
+            vpp == 1 or pp > 1,
+            f"virtual_pipeline_model_parallel_size {vpp} interleaves the layers of two or more pipeline stages, and "
+            f"pipeline_model_parallel_size is {pp}",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel shards over the tensor-parallel ranks, and tensor_model_parallel_size is 1",
+        )
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
+        )
+        full = self.recompute_granularity == "full"
+        _require(
+            full == (self.recompute_method is not None) == (self.recompute_num_layers is not None),
+            "recompute_granularity full needs recompute_method and recompute_num_layers, and only full does",
+        )
+        _require((self.recompute_num_layers or 1) > 0, "recompute_num_layers must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,9 +211,11 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     train_iters: int = 20
-    """Steps: each samples, makes one update, and refreshes the sampler."""
+    """Steps: each samples, updates, and refreshes the sampler."""
+    updates_per_rollout: int = 1
+    """AdamW updates on each step's responses; p_old stays what it was before the first."""
     max_tokens_per_micro_batch: int = 8192
-    """Tokens, prompts included, of one packed micro-batch."""
+    """Tokens, prompts included, of one packed micro-batch, over all context-parallel ranks."""
     seed: int = 1234
     """Of the prompt order, the samples and the model."""
     output_dir: Path = Path("runs/rlsc")
@@ -189,6 +229,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.train_iters > 0, f"train_iters must be at least 1, not {self.train_iters}")
+        _require(self.updates_per_rollout > 0, "updates_per_rollout must be at least 1")
         _require(self.max_tokens_per_micro_batch > 0, "max_tokens_per_micro_batch must be at least 1")
         _require(self.save_interval >= 0, "save_interval must not be negative")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")

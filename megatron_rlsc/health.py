@@ -60,7 +60,7 @@ def require_sound(scores: ResponseScores, gradient_norm: float, *, step: int, ma
     if not finite.all() or not math.isfinite(gradient_norm):
         raise ValueError(
             f"step {step}: {int((~finite).sum())} of {len(finite)} responses have a log-probability that is not "
-            f"finite, and the gradient norm is {gradient_norm}; no weight was changed. Lower --lr, or go on from an "
+            f"finite, and the gradient norm is {gradient_norm}; this update was not made. Lower --lr, or go on from an "
             f"earlier checkpoint; the step's rollouts are in the journal"
         )
     worst = float(scores.rollout_difference.max())

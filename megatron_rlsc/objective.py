@@ -71,8 +71,3 @@ def response_losses(logprobs: Tensor, old_logprobs: Tensor, *, alpha: float, shi
         raise ValueError(f"logprobs {tuple(logprobs.shape)} and old_logprobs {tuple(old_logprobs.shape)} must match")
     weights = (log_weights(old_logprobs, alpha) - shift).exp()
     return -weights.to(logprobs.dtype) * logprobs
-
-
-def on_policy_losses(logprobs: Tensor, *, alpha: float, shift: float = 0.0) -> Tensor:
-    """`response_losses` of the first update on a batch: p_theta is still p_old, so one pass gives both."""
-    return response_losses(logprobs, logprobs, alpha=alpha, shift=shift)

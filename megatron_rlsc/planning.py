@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from megatron_rlsc.config import ParallelConfig
 from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.types import DataShare
 
 
 def check_layout(shape: ModelShape, layout: ParallelConfig, *, world_size: int) -> int:
     """The data-parallel size of a layout, or ValueError with every number where it fits not the model or the world."""
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    tp, pp, cp = (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
+    vpp = layout.virtual_pipeline_model_parallel_size
+    heads, kv_heads, layers = shape.num_attention_heads, shape.num_key_value_heads, shape.num_hidden_layers
     misfits = []
     if not _tp_fits(shape, tp):
         fitting = [str(n) for n in range(1, heads + 1) if _tp_fits(shape, n)]
@@ -17,18 +23,38 @@ def check_layout(shape: ModelShape, layout: ParallelConfig, *, world_size: int) 
             f"--tensor-model-parallel-size {tp} does not fit {heads} attention heads, {kv_heads} KV heads and an MLP "
             f"of {shape.intermediate_size}: {', '.join(fitting)} do"
         )
-    if shape.num_hidden_layers % pp:
-        layers = shape.num_hidden_layers
+    if layers % (pp * vpp):
         fitting = [str(n) for n in range(1, layers + 1) if layers % n == 0]
-        misfits.append(f"--pipeline-model-parallel-size {pp} does not divide {layers} layers: {', '.join(fitting)} do")
-    if world_size % (tp * pp):
+        what = f"--pipeline-model-parallel-size {pp}"
+        what += f" x --virtual-pipeline-model-parallel-size {vpp} = {pp * vpp}" if vpp > 1 else ""
+        misfits.append(f"{what} does not divide {layers} layers: {', '.join(fitting)} do")
+    elif layout.recompute_num_layers is not None and layout.recompute_num_layers > layers // (pp * vpp):
         misfits.append(
-            f"TP {tp} x PP {pp} = {tp * pp} ranks do not divide the world of {world_size}: start a multiple of "
-            f"{tp * pp} processes (torchrun --nproc-per-node), or change the layout"
+            f"--recompute-num-layers {layout.recompute_num_layers} is more than the {layers // (pp * vpp)} layers of a "
+            f"stage ({layers} layers over {pp * vpp})"
+        )
+    if world_size % (tp * pp * cp):
+        what = f"TP {tp} x PP {pp}" + (f" x CP {cp}" if cp > 1 else "")
+        misfits.append(
+            f"{what} = {tp * pp * cp} ranks do not divide the world of {world_size}: start a multiple of "
+            f"{tp * pp * cp} processes (torchrun --nproc-per-node), or change the layout"
         )
     if misfits:
         raise ValueError("this layout does not fit: " + "; ".join(misfits))
-    return world_size // (tp * pp)
+    return world_size // (tp * pp * cp)
+
+
+def check_token_budget(longest: int, layout: ParallelConfig, *, max_tokens: int) -> None:
+    """Raises ValueError where a sample of `longest` tokens, prompt and response, would not fit a micro-batch."""
+    sp_size = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    share = DataShare(cp_size=layout.context_parallel_size, sp_size=sp_size)
+    if share.padded(longest) > share.capacity(max_tokens):
+        needed = -(-share.padded(longest) // share.pack_multiple) * share.pack_multiple
+        raise ValueError(
+            f"the longest prompt and a response of --max-response-length are {longest} tokens together, more than the "
+            f"{max_tokens} of --max-tokens-per-micro-batch; {needed} are enough (this layout pads packs to a multiple "
+            f"of {share.pack_multiple})"
+        )
 
 
 def _tp_fits(shape: ModelShape, tp: int) -> bool:

@@ -16,6 +16,7 @@ from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.data import PromptSource
 from megatron_rlsc.journal import Journal
+from megatron_rlsc.planning import check_token_budget
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
@@ -175,13 +176,15 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
         seed=config.train.seed,
         max_prompt_tokens=shape.max_position_embeddings - rollout.max_response_length,
     )
+    longest = prompts.longest_prompt + rollout.max_response_length
+    check_token_budget(longest, config.parallel, max_tokens=config.train.max_tokens_per_micro_batch)
     sidecar = None
     if rollout.rollout_url is None:
         sidecar = Sidecar(
             rollout.sidecar_python,
             model_dir,
             dtype="bfloat16" if config.model.bf16 else "float32",
-            max_model_len=prompts.longest_prompt + rollout.max_response_length,
+            max_model_len=longest,
             seed=config.train.seed,
             log_path=config.train.output_dir / SIDECAR_LOG,
             port=rollout.sidecar_port,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megatron_rlsc.conversion.hf import copy_config_files, write_hf
 from megatron_rlsc.conversion.shape import read_shape
 from megatron_rlsc.health import measure_health, require_sound
 from megatron_rlsc.journal import Journal, decode, encode
-from megatron_rlsc.objective import on_policy_losses, weight_shift
+from megatron_rlsc.objective import response_losses, weight_shift
 from megatron_rlsc.planning import check_layout
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
@@ -27,6 +28,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
     parallel, output = policy.parallel, config.train.output_dir
     journal, timer = Journal(output / ROLLOUTS), Timer()
     alpha, scale = config.objective.alpha, config.objective.weight_scale
+    updates, max_tokens = config.train.updates_per_rollout, config.train.max_tokens_per_micro_batch
     limit = config.rollout.difference_limit(bf16=config.model.bf16)
     version, pushes = sampler.push(policy.iter_hf_weights()), 1  # a broken path to the sampler fails here
 
@@ -38,16 +40,18 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
                 journal.write(step, samples)
 
         with timer.phase("train"):
-            batch = pack(
-                samples, parallel.dp_rank, parallel.dp_size, config.train.max_tokens_per_micro_batch, parallel.device
-            )
-            # The batch feeds one update: p_old is the detached p_theta of its own pass, and only a shift needs another.
-            shift = 0.0 if scale == "none" else weight_shift(policy.score(batch, len(samples)).logprobs, alpha, scale)
-            objective = partial(on_policy_losses, alpha=alpha, shift=shift)
-            scores = policy.forward_backward(batch, len(samples), objective)
-            gradient_norm = policy.gradient_norm()
-            require_sound(scores, gradient_norm, step=step, max_difference=limit)  # before any weight changes
-            learning_rate = policy.step()
+            batch = pack(samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device)
+            # The first update's own pass gives p_old: another is needed for a shift, or for updates after it alone.
+            old = policy.score(batch, len(samples)).logprobs if updates > 1 or scale != "none" else None
+            shift = 0.0 if old is None else weight_shift(old, alpha, scale)
+            objective = partial(response_losses, alpha=alpha, shift=shift)
+            for update in range(updates):
+                scores = policy.forward_backward(batch, len(samples), objective, old_logprobs=old)
+                gradient_norm = policy.gradient_norm()
+                if update == 0:
+                    first = scores  # the sampler has these weights, and no later ones
+                require_sound(scores, gradient_norm, step=step, max_difference=limit if update == 0 else math.inf)
+                learning_rate = policy.step()
 
         with timer.phase("sync"):
             version, pushes = sampler.push(policy.iter_hf_weights()), pushes + 1
@@ -55,12 +59,12 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
         seconds = timer.lap()
         stats = StepStats(
             step=step,
-            health=measure_health(samples, scores, alpha=alpha, shift=shift),
+            health=measure_health(samples, first, alpha=alpha, shift=shift),
             gradient_norm=gradient_norm,
             learning_rate=learning_rate,
             weight_shift=shift,
             pushes=pushes,
-            tokens_per_second=int(scores.lengths.sum()) / sum(seconds.values()),
+            tokens_per_second=int(first.lengths.sum()) / sum(seconds.values()),
             seconds=seconds,
         )
         tracker.log(stats)
@@ -128,7 +132,7 @@ def describe(config: Config, parallel: Parallel, step: int) -> str:
     """What is about to run, in one line."""
     start = f"resuming after step {step}" if step else "from the start"
     return (
-        f"RLSC | {config.model.load} | TP {parallel.tp_size} x PP {parallel.pp_size} x DP {parallel.dp_size} on "
+        f"RLSC | {config.model.load} | {parallel} on "
         f"{parallel.device.type}, {'bf16' if config.model.bf16 else 'fp32'} | {config.data.prompts_per_step} questions "
         f"x {config.rollout.samples_per_prompt} responses a step, T {config.rollout.temperature} | "
         f"alpha {config.objective.alpha} | lr {config.optimizer.lr} | {config.train.train_iters} steps, {start}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,6 +53,42 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DataShare:
+    """Which part of every global batch a rank computes, and what its layout asks of it."""
+
+    dp_rank: int = 0
+    """Which replica: it has micro-batches of its own."""
+    dp_size: int = 1
+    """Replicas."""
+    cp_rank: int = 0
+    """Which two chunks of each of the replica's documents."""
+    cp_size: int = 1
+    """Ranks that share a document."""
+    sp_size: int = 1
+    """Ranks that share a micro-batch's activations along its tokens: TP's under sequence parallelism."""
+    micro_batch_multiple: int = 1
+    """What the number of micro-batches must be a multiple of: PP's stages, when they are interleaved."""
+
+    @property
+    def document_multiple(self) -> int:
+        """What each document is padded to a multiple of: two chunks a context-parallel rank."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """What a whole pack is padded to a multiple of: equal parts for every CP and SP rank."""
+        return math.lcm(self.document_multiple, self.cp_size * self.sp_size)
+
+    def padded(self, tokens: int) -> int:
+        """What a document of so many tokens takes up in a pack."""
+        return -(-tokens // self.document_multiple) * self.document_multiple
+
+    def capacity(self, max_tokens: int) -> int:
+        """What of a pack's budget can be filled, so that the padding behind its last document fits as well."""
+        return max_tokens // self.pack_multiple * self.pack_multiple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Whole samples laid end to end (`thd`): one forward pass. d documents, t tokens, n response tokens.
 
@@ -63,14 +100,18 @@ class MicroBatch:
         positions      1 2   4        where the response's tokens are predicted
         targets        x y   z
         segments       0 0   1
+
+    Under context parallelism a document is cut into 2 cp chunks, and rank r has chunks r and 2 cp - 1 - r of each, end
+    to end: t and n are what this rank has, and `positions` count there. Padding stands at the end of documents, where
+    nothing attends to it.
     """
 
     tokens: Tensor
     """[t] int64"""
     cu_seqlens: Tensor
-    """[d + 1] int32, where each document begins, and t at the end."""
+    """[d + 1] int32, where each document begins in the whole pack, all CP ranks' parts together, and its length."""
     max_seqlen: int
-    """Tokens of the longest document."""
+    """Tokens of the longest document, padding included."""
     positions: Tensor
     """[n] int64, into `tokens`: where each response token is predicted."""
     targets: Tensor

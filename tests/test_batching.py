@@ -5,13 +5,15 @@ Not covered: that a model reads the layout as it is meant (tests/policy), and ho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_rlsc.batching import FILLER, build_micro_batch, pack, plan_packs
-from megatron_rlsc.types import MicroBatch, Sample
+from megatron_rlsc.types import DataShare, MicroBatch, Sample
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def letters(ids: torch.Tensor) -> str:
 def test_the_example_of_micro_batch_s_docstring() -> None:
     """Prompts `ab` and `c`, responses `xy` and `z`, column by column as types.MicroBatch draws them."""
     samples = [sample_of("ab", "xy", (-0.5, -0.25)), sample_of("c", "z", (-2.0,))]
-    batch = build_micro_batch(samples, [4, 9], device=CPU)
+    batch = build_micro_batch(samples, [4, 9], share=DataShare(), device=CPU)
     assert letters(batch.tokens) == "abxycz"
     assert batch.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.positions.tolist() == [1, 2, 4]
@@ -56,7 +58,7 @@ def test_the_example_of_micro_batch_s_docstring() -> None:
 
 
 def test_dtypes() -> None:
-    batch = build_micro_batch([sample_of("a", "b")], [0], device=CPU)
+    batch = build_micro_batch([sample_of("a", "b")], [0], share=DataShare(), device=CPU)
     ids = (batch.tokens, batch.positions, batch.targets, batch.segments, batch.sample_ids)
     assert {tensor.dtype for tensor in ids} == {torch.int64}
     assert batch.cu_seqlens.dtype == torch.int32
@@ -85,7 +87,7 @@ def test_fewer_samples_than_replicas_leave_packs_empty() -> None:
 
 def test_an_empty_pack_holds_the_shortest_sample_as_filler() -> None:
     samples = [sample_of("abc", "xyz"), sample_of("a", "z")]
-    real, filler = (pack(samples, dp_rank=rank, dp_size=4, max_tokens=8, device=CPU) for rank in (1, 2))
+    real, filler = (pack(samples, DataShare(dp_rank=rank, dp_size=4), max_tokens=8, device=CPU) for rank in (1, 2))
     assert [batch.sample_ids.tolist() for batch in real] == [[1]]
     assert [batch.sample_ids.tolist() for batch in filler] == [[FILLER]]
     assert letters(filler[0].tokens) == "az"
@@ -96,42 +98,111 @@ def test_a_sample_longer_than_a_micro_batch_is_refused_with_the_remedy() -> None
         plan_packs([3, 9, 4], dp_size=2, max_tokens=8)
 
 
+def test_two_context_parallel_ranks_share_each_document() -> None:
+    """`abcde` and `xy`, padded to multiples of 4: `abcde...` has four chunks of 2, of which rank 0 has the first and
+    the last, rank 1 the two between; `xy..` has four of 1. Responses `cde` and `y` are predicted at `b`, `c`, `d` and
+    `x`: `b` and `x` are rank 0's 2nd and 5th tokens, `c` and `d` rank 1's 1st and 2nd."""
+    samples = [sample_of("ab", "cde", (-1.0, -2.0, -3.0)), sample_of("x", "y", (-4.0,))]
+    first, second = (
+        build_micro_batch(samples, [0, 1], share=DataShare(cp_rank=rank, cp_size=2), device=CPU) for rank in (0, 1)
+    )
+    assert letters(first.tokens) == "ab\0\0x\0" and letters(second.tokens) == "cde\0y\0"
+    assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 8, 12]
+    assert first.max_seqlen == 8
+    assert (first.positions.tolist(), letters(first.targets), first.segments.tolist()) == ([1, 4], "cy", [0, 1])
+    assert (second.positions.tolist(), letters(second.targets), second.segments.tolist()) == ([0, 1], "de", [0, 0])
+    assert first.rollout_logprobs.tolist() == [-1.0, -4.0] and second.rollout_logprobs.tolist() == [-2.0, -3.0]
+
+
+def test_the_pack_is_padded_for_sequence_parallelism_at_its_end_alone() -> None:
+    """3 + 2 tokens in four equal parts: 8."""
+    samples = [sample_of("a", "bc"), sample_of("x", "y")]
+    batch = build_micro_batch(samples, [0, 1], share=DataShare(sp_size=4), device=CPU)
+    assert letters(batch.tokens) == "abcxy\0\0\0"
+    assert batch.cu_seqlens.tolist() == [0, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "sp_size", "document_multiple", "pack_multiple"),
+    [(1, 1, 1, 1), (1, 4, 1, 4), (2, 1, 4, 4), (2, 2, 4, 4), (2, 4, 4, 8), (4, 3, 8, 24)],
+)
+def test_what_is_padded_to(cp_size: int, sp_size: int, document_multiple: int, pack_multiple: int) -> None:
+    """Two chunks a CP rank for a document; of a pack, an equal part for each CP x SP rank as well."""
+    share = DataShare(cp_size=cp_size, sp_size=sp_size)
+    assert (share.document_multiple, share.pack_multiple) == (document_multiple, pack_multiple)
+
+
 MAX_TOKENS = 40
 
 
-@given(
-    lengths=st.lists(st.integers(2, MAX_TOKENS), min_size=1, max_size=60),
-    dp_size=st.integers(1, 5),
-)
-@example(lengths=[MAX_TOKENS] * 7, dp_size=2)
-@example(lengths=[2], dp_size=5)
-def test_every_sample_once_within_the_capacity_as_many_packs_a_replica(lengths: list[int], dp_size: int) -> None:
+@st.composite
+def grids(draw: st.DrawFn) -> DataShare:
+    """Of any rank; its ranks are filled in by the test."""
+    sizes = {name: draw(st.integers(1, 3)) for name in ("dp_size", "cp_size", "sp_size", "micro_batch_multiple")}
+    return DataShare(**sizes)
+
+
+@given(lengths=st.lists(st.integers(2, 36), min_size=1, max_size=60), grid=grids())
+@example(lengths=[36] * 7, grid=DataShare(dp_size=2))
+@example(lengths=[2], grid=DataShare(dp_size=5, cp_size=2))
+def test_every_sample_once_within_the_capacity_as_many_packs_a_rank(lengths: list[int], grid: DataShare) -> None:
     samples = [sample_of("p" * (1 + i % (n - 1)), "r" * (n - 1 - i % (n - 1))) for i, n in enumerate(lengths)]
     assert [sample.length for sample in samples] == lengths
-    replicas = [
-        pack(samples, dp_rank=rank, dp_size=dp_size, max_tokens=MAX_TOKENS, device=CPU) for rank in range(dp_size)
-    ]
-    assert len({len(batches) for batches in replicas}) == 1, "a schedule of unequal length would hang"
-    batches = [batch for replica in replicas for batch in replica]
-    assert all(len(batch.tokens) <= MAX_TOKENS for batch in batches)
-    ids = sorted(i for batch in batches for i in batch.sample_ids.tolist() if i != FILLER)
-    assert ids == list(range(len(samples)))
-    for batch in batches:
-        assert (batch.sample_ids == FILLER).any() <= (len(batch.sample_ids) == 1), "a filler is alone in its pack"
-        bounds = batch.cu_seqlens.tolist()
-        assert (bounds[0], bounds[-1]) == (0, len(batch.tokens))
-        assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
-        for document, i in enumerate(batch.sample_ids.tolist()):
-            if i == FILLER:
-                continue
-            own = batch.segments == document
-            assert tuple(batch.tokens[bounds[document] : bounds[document + 1]].tolist()) == (
-                samples[i].prompt_token_ids + samples[i].response_token_ids
-            )
-            assert tuple(batch.targets[own].tolist()) == samples[i].response_token_ids
-            # A position predicts the token behind it, within its document.
-            assert batch.tokens[batch.positions[own] + 1].equal(batch.targets[own])
-            assert int(batch.positions[own][-1]) == bounds[document + 1] - 2
+    ranks = {
+        (dp, cp): pack(samples, replace(grid, dp_rank=dp, cp_rank=cp), max_tokens=MAX_TOKENS, device=CPU)
+        for dp in range(grid.dp_size)
+        for cp in range(grid.cp_size)
+    }
+    counts = {len(batches) for batches in ranks.values()}
+    assert len(counts) == 1, "a schedule of unequal length would hang"
+    assert counts.pop() % grid.micro_batch_multiple == 0
+    seen: list[int] = []
+    for dp in range(grid.dp_size):
+        for parts in zip(*(ranks[dp, cp] for cp in range(grid.cp_size)), strict=True):
+            seen += [i for i in parts[0].sample_ids.tolist() if i != FILLER]
+            check_pack(list(parts), samples, grid)
+    assert sorted(seen) == list(range(len(samples)))
+
+
+def check_pack(parts: list[MicroBatch], samples: list[Sample], grid: DataShare) -> None:
+    """What the CP ranks have of one pack, put together again."""
+    batch, cp_size = parts[0], len(parts)
+    bounds = batch.cu_seqlens.tolist()
+    assert all(part.cu_seqlens.equal(batch.cu_seqlens) for part in parts)
+    assert all(part.sample_ids.equal(batch.sample_ids) for part in parts)
+    assert len({len(part.tokens) for part in parts}) == 1 and len(batch.tokens) % grid.sp_size == 0
+    assert bounds[0] == 0 and bounds[-1] == cp_size * len(batch.tokens) <= MAX_TOKENS
+    assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
+    assert (batch.sample_ids == FILLER).any() <= (len(batch.sample_ids) == 1), "a filler is alone in its pack"
+    for document, i in enumerate(batch.sample_ids.tolist()):
+        start, stop = (bound // cp_size for bound in bounds[document : document + 2])
+        own = [part.tokens[start:stop] for part in parts]
+        halves = [part.chunk(2) for part in own]
+        whole = torch.cat([*(h[0] for h in halves), *(h[1] for h in reversed(halves))]) if cp_size > 1 else own[0]
+        if i == FILLER:
+            continue
+        sample = samples[i]
+        assert tuple(whole[: sample.length].tolist()) == sample.prompt_token_ids + sample.response_token_ids
+        assert (whole[sample.length :] == 0).all() and len(whole) - sample.length < grid.document_multiple + (
+            grid.pack_multiple if document == len(bounds) - 2 else 0
+        )
+        targets = [tuple(part.targets[part.segments == document].tolist()) for part in parts]
+        assert sum(map(len, targets)) == len(sample.response_token_ids)
+        for part in parts:
+            mine = part.segments == document
+            assert ((part.positions[mine] >= start) & (part.positions[mine] < stop)).all(), "of its own document"
+        if cp_size == 1:  # a position predicts the token behind it
+            assert targets[0] == sample.response_token_ids
+            mine = batch.segments == document
+            assert batch.tokens[batch.positions[mine] + 1].equal(batch.targets[mine])
+
+
+def test_one_token_more_than_the_layout_can_pad_is_refused() -> None:
+    """39 tokens are padded to 40 at CP 2; a budget of 40 holds them, one of 39 has room for 36."""
+    samples = [sample_of("a" * 38, "b")]
+    assert len(pack(samples, DataShare(cp_size=2), max_tokens=40, device=CPU)) == 1
+    with pytest.raises(ValueError, match="40 tokens does not fit a micro-batch of 36"):
+        pack(samples, DataShare(cp_size=2), max_tokens=39, device=CPU)
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), dp_size=st.integers(1, 4))

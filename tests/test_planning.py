@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rlsc.config import ParallelConfig
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.planning import check_layout
+from megatron_rlsc.planning import check_layout, check_token_budget
 
 QWEN25_7B = ModelShape(
     vocab_size=152064,
@@ -27,8 +27,13 @@ QWEN25_7B = ModelShape(
 )
 
 
-def check(tp: int, pp: int, world_size: int) -> int:
-    layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def check(tp: int, pp: int, world_size: int, *, cp: int = 1, vpp: int = 1) -> int:
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+    )
     return check_layout(QWEN25_7B, layout, world_size=world_size)
 
 
@@ -70,3 +75,39 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     message = str(error.value)
     for part in ("--tensor-model-parallel-size 8", "--pipeline-model-parallel-size 3", "TP 8 x PP 3 = 24 ranks"):
         assert part in message
+
+
+def test_context_parallel_ranks_are_taken_from_the_replicas() -> None:
+    assert check(4, 1, 16, cp=2) == 2
+    with pytest.raises(ValueError, match="TP 4 x PP 1 x CP 3 = 12 ranks do not divide the world of 16"):
+        check(4, 1, 16, cp=3)
+
+
+def test_interleaved_runs_of_layers_must_come_out_even() -> None:
+    assert check(1, 2, 2, vpp=7) == 1
+    with pytest.raises(ValueError) as error:
+        check(1, 2, 2, vpp=4)
+    assert "size 2 x --virtual-pipeline-model-parallel-size 4 = 8 does not divide 28 layers: 1, 2, 4, 7" in str(
+        error.value
+    )
+
+
+def test_no_more_layers_are_recomputed_than_a_stage_has() -> None:
+    layout = ParallelConfig(
+        pipeline_model_parallel_size=4,
+        recompute_granularity="full",
+        recompute_method="block",
+        recompute_num_layers=8,
+    )
+    with pytest.raises(ValueError, match=r"--recompute-num-layers 8 is more than the 7 layers of a stage \(28 layers"):
+        check_layout(QWEN25_7B, layout, world_size=4)
+
+
+def test_the_longest_sample_must_fit_a_micro_batch() -> None:
+    """1000 + 3072 = 4072 tokens; at TP 4 with SP and CP 2 packs are multiples of lcm(2 x 2, 2 x 4) = 8: 4072 = 8 x 509
+    fits, and 4073 is padded to 4076, which a pack pads to 4080."""
+    layout = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True, context_parallel_size=2)
+    check_token_budget(4072, layout, max_tokens=4072)
+    with pytest.raises(ValueError, match=r"are 4073 tokens together, more than the 4079 of .*; 4080 are enough"):
+        check_token_budget(4073, layout, max_tokens=4079)
+    check_token_budget(4073, layout, max_tokens=4080)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def save_checkpoint(
     folder: Path,
     step: int | None,
     *,
-    model: LogprobGPTModel,
+    chunks: Sequence[LogprobGPTModel],
     parallel: Parallel,
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
@@ -77,7 +78,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     parallel.barrier()
-    state = _state(model, optimizer, schedule, is_loading=False)
+    state = _state(chunks, optimizer, schedule, is_loading=False)
     dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=dict(RESHARDABLE))
     parallel.barrier()
     if parallel.rank == 0:
@@ -92,7 +93,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     *,
-    model: LogprobGPTModel,
+    chunks: Sequence[LogprobGPTModel],
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
 ) -> int | None:
@@ -101,9 +102,11 @@ def load_checkpoint(
     A collective. Raises ValueError where the file could run code, or names do not match.
     """
     check_metadata(path / ".metadata")
-    state = _state(model, optimizer, schedule, is_loading=True)
+    state = _state(chunks, optimizer, schedule, is_loading=True)
     # A sharded object is an unrestricted pickle. Ours are `_extra_state`, which holds FP8 scales or nothing.
-    state["model"] = {name: item for name, item in state["model"].items() if not isinstance(item, ShardedObject)}
+    names = _chunk_names(chunks)
+    for name in names:
+        state[name] = {key: item for key, item in state[name].items() if not isinstance(item, ShardedObject)}
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
         if optimizer is not None:
@@ -114,8 +117,9 @@ def load_checkpoint(
     except CheckpointException as error:  # a BaseException, with each rank's own
         cause = next((cause for cause, _ in error.failures.values()), error)
         raise ValueError(f"{path} cannot be loaded into this model: {cause}") from None
-    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
-    assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
+    for name, chunk in zip(names, chunks, strict=True):
+        missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+        assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
     if optimizer is not None and schedule is not None:
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
@@ -136,7 +140,7 @@ def _check_optimizer(path: Path, saved: dict[str, Any] | None, wanted: dict[str,
 
 
 def _state(
-    model: LogprobGPTModel,
+    chunks: Sequence[LogprobGPTModel],
     optimizer: MegatronOptimizer | None,
     schedule: OptimizerParamScheduler | None,
     *,
@@ -144,12 +148,19 @@ def _state(
 ) -> dict[str, Any]:
     """Under Megatron-LM's own names (megatron/training/checkpointing.py)."""
     metadata = dict(RESHARDABLE)  # Megatron adds this layout's process groups to it
-    weights = model.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": weights, "checkpoint_version": 3.0}
+    weights = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+    state: dict[str, Any] = {**weights, "checkpoint_version": 3.0}
     if optimizer is not None and schedule is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = schedule.state_dict()
     return state
+
+
+def _chunk_names(chunks: Sequence[LogprobGPTModel]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
 def check_metadata(path: Path) -> None:

@@ -30,9 +30,9 @@ def hf_to_megatron(hf_dir: Path, megatron_dir: Path, *, dtype: torch.dtype | Non
     weights = open_weights(hf_dir)
     dtype = dtype or weights.tensor(EMBEDDING.hf[0]).dtype
     with whole_folder(megatron_dir, overwrite=overwrite) as folder:
-        model, shape, parallel = _build_whole_model(weights.shape, dtype)
-        load_hf_weights(model, weights.tensor, shape=shape, spec="local", parallel=parallel)
-        save_checkpoint(folder, None, model=model, parallel=parallel)
+        chunks, shape, parallel = _build_whole_model(weights.shape, dtype)
+        load_hf_weights(chunks, weights.tensor, shape=shape, spec="local", parallel=parallel)
+        save_checkpoint(folder, None, chunks=chunks, parallel=parallel)
         copy_config_files(hf_dir, folder / "hf")
 
 
@@ -42,13 +42,13 @@ def megatron_to_hf(megatron_dir: Path, hf_dir: Path, *, reference_dir: Path | No
     if not is_megatron_checkpoint(megatron_dir):
         raise ValueError(f"{megatron_dir} is no Megatron checkpoint: it names no newest step")
     path, reference_dir = latest_checkpoint(megatron_dir), reference_dir or hf_config_dir(megatron_dir)
-    model, shape, parallel = _build_whole_model(read_shape(reference_dir), _saved_dtype(path))
-    load_checkpoint(path, model=model)
-    weights = iter_hf_weights(model, shape=shape, spec="local", parallel=parallel)
+    chunks, shape, parallel = _build_whole_model(read_shape(reference_dir), _saved_dtype(path))
+    load_checkpoint(path, chunks=chunks)
+    weights = iter_hf_weights(chunks, shape=shape, spec="local", parallel=parallel)
     write_hf(hf_dir, weights, reference_dir=reference_dir, overwrite=overwrite)
 
 
-def _build_whole_model(shape: ModelShape, dtype: torch.dtype) -> tuple[LogprobGPTModel, ModelShape, Parallel]:
+def _build_whole_model(shape: ModelShape, dtype: torch.dtype) -> tuple[list[LogprobGPTModel], ModelShape, Parallel]:
     if dtype not in DTYPES:
         raise ValueError(
             f"weights in {dtype} are not trained here: convert to {' or '.join(map(str, DTYPES))} (--dtype)"
@@ -56,8 +56,8 @@ def _build_whole_model(shape: ModelShape, dtype: torch.dtype) -> tuple[LogprobGP
     settings, layout = ModelConfig(bf16=dtype == torch.bfloat16), ParallelConfig()
     parallel = init_parallel(layout, seed=0)
     shape = shape.padded_to(settings.make_vocab_size_divisible_by)
-    model = build_model(shape, model=settings, spec="local", layout=layout, parallel=parallel, temperature=1.0)
-    return model, shape, parallel
+    chunks = build_model(shape, model=settings, spec="local", layout=layout, parallel=parallel, temperature=1.0)
+    return chunks, shape, parallel
 
 
 def _saved_dtype(path: Path) -> torch.dtype:

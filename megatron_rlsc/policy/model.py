@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -59,6 +60,11 @@ class LogprobGPTModel(GPTModel):
         """Replaces gpt_model.py's own, which multiplies every position with the output layer."""
         if not self.post_process:
             return hidden_states
+        if self.config.sequence_parallel:
+            # Each rank's head all-reduces the gradient of `hidden`, so every rank has the whole of it already.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())  # overlap_param_gather waits here; the layer's weight is read, not called
         tied = self.share_embeddings_and_output_weights
         return vocab_parallel_logprobs(
             hidden_states[self._batch.positions, 0],
@@ -92,39 +98,46 @@ def build_model(
     layout: ParallelConfig,
     parallel: Parallel,
     temperature: float,
-) -> LogprobGPTModel:
-    """This rank's stage and shards, with Megatron's random initialisation, on this rank's device."""
+) -> list[LogprobGPTModel]:
+    """This rank's shards of its runs of layers (one without interleaving), with Megatron's random initialisation."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     config = _transformer_config(shape, layout, parallel, dtype)
-    return LogprobGPTModel(
-        config=config,
-        transformer_layer_spec=_block_spec(spec, config),
-        vocab_size=shape.padded_vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-        temperature=temperature,
-        chunk_tokens=model.logprob_chunk_tokens,
-        real_vocab_size=shape.vocab_size,
-    ).to(parallel.device)
+    last = parallel.vpp_size - 1
+    return [
+        LogprobGPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(spec, config, chunk),
+            vocab_size=shape.padded_vocab_size,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=parallel.is_first_stage and chunk == 0,
+            post_process=parallel.is_last_stage and chunk == last,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=chunk if parallel.vpp_size > 1 else None,
+            temperature=temperature,
+            chunk_tokens=model.logprob_chunk_tokens,
+            real_vocab_size=shape.vocab_size,
+        ).to(parallel.device)
+        for chunk in range(parallel.vpp_size)
+    ]
 
 
-def _block_spec(spec: Spec, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(spec: Spec, config: TransformerConfig, chunk: int) -> ModuleSpec | TransformerBlockSubmodules:
     if spec == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = get_num_layers_to_build(config, vp_stage=chunk if config.virtual_pipeline_model_parallel_size else None)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def _transformer_config(
     shape: ModelShape, layout: ParallelConfig, parallel: Parallel, dtype: torch.dtype
 ) -> TransformerConfig:
     on_cpu = parallel.device.type != "cuda"
+    interleaved = parallel.vpp_size > 1
     return TransformerConfig(
         # The architecture
         num_layers=shape.num_hidden_layers,
@@ -144,6 +157,16 @@ def _transformer_config(
         # The layout
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size if interleaved else None,
+        context_parallel_size=layout.context_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity=layout.recompute_granularity,
+        recompute_method=layout.recompute_method,
+        recompute_num_layers=layout.recompute_num_layers,
+        # At PP 2 a stage's two neighbours are one peer, and batched messages of interleaved stages meet the wrong
+        # receiver (p2p_communication.py): wrong gradients, in silence.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         # Packs differ in length, so a stage learns what it will receive. Megatron ties that to this MoE setting, which
         # a dense model never reads (transformer_config.py).
         variable_seq_lengths=True,

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rlsc.config import OptimizerConfig
+from megatron_rlsc.config import OptimizerConfig, ParallelConfig
 from megatron_rlsc.policy.model import LogprobGPTModel
 
 
-def wrap_model(model: LogprobGPTModel, *, use_distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's DDP: gradients accumulate in float32 buffers and are summed over replicas at a step's end."""
+def wrap_model(chunks: Sequence[LogprobGPTModel], layout: ParallelConfig) -> list[DistributedDataParallel]:
+    """Megatron's DDP: gradients accumulate in float32 buffers, and are summed over replicas by a step's end."""
+    config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
+        use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp, module=model)
-    model.config.no_sync_func = wrapped.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = [
+        # Later chunks of an interleaved stage need no buckets to overlap with (megatron/training/training.py).
+        DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, *, train_iters: int, use_distributed_optimizer: bool
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, *, updates: int, use_distributed_optimizer: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with decoupled weight decay on matrices, clipping by the global norm, and the schedule of its rate."""
+    model = chunks[0].module
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -38,11 +49,11 @@ def build_optimizer(
             adam_beta2=config.adam_beta2,
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
-            bf16=model.module.config.bf16,
-            params_dtype=model.module.config.params_dtype,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
             use_distributed_optimizer=use_distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
     # Weight decay reaches the parameter groups (and spares biases and norms) through the schedule alone.
     schedule = OptimizerParamScheduler(
@@ -51,7 +62,7 @@ def build_optimizer(
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=max(train_iters, config.lr_warmup_iters + 1),
+        lr_decay_steps=max(updates, config.lr_warmup_iters + 1),
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

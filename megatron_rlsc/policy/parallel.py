@@ -16,16 +16,17 @@ from torch import Tensor
 
 from megatron_rlsc.config import ParallelConfig
 from megatron_rlsc.policy import cpu
+from megatron_rlsc.types import DataShare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
-    """This rank's place in the TP x PP x DP grid. Made once by `init_parallel`."""
+    """This rank's place in the TP x CP x DP x PP grid. Made once by `init_parallel`."""
 
     rank: int
     """0 .. world_size - 1."""
     world_size: int
-    """tp_size * pp_size * dp_size."""
+    """tp_size * cp_size * dp_size * pp_size."""
     tp_rank: int
     """Which shard of each matrix."""
     tp_size: int
@@ -34,12 +35,26 @@ class Parallel:
     """Which stage of layers."""
     pp_size: int
     """Pipeline stages."""
+    vpp_size: int
+    """Runs of layers on each stage."""
+    cp_rank: int
+    """Which chunks of each document."""
+    cp_size: int
+    """Context-parallel ranks."""
     dp_rank: int
     """Which replica."""
     dp_size: int
     """Replicas."""
+    sequence_parallel: bool
+    """Whether TP ranks share the activations between the matrices."""
     device: torch.device
     """Where this rank's tensors live."""
+
+    def __str__(self) -> str:
+        """`TP 2 x PP 2 x DP 4`, and what else is not 1."""
+        sizes = [("TP", self.tp_size), ("PP", self.pp_size), ("DP", self.dp_size)]
+        sizes += [(name, size) for name, size in (("CP", self.cp_size), ("VPP", self.vpp_size)) if size > 1]
+        return " x ".join(f"{name} {size}" for name, size in sizes) + (" + SP" if self.sequence_parallel else "")
 
     @property
     def is_first_stage(self) -> bool:
@@ -56,9 +71,31 @@ class Parallel:
         """The ranks that hold this rank's matrices together, in shard order."""
         return parallel_state.get_tensor_model_parallel_group()
 
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's documents."""
+        return parallel_state.get_context_parallel_group()
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Of the ranks that hold the same shards of the same layers, the first."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def data_share(self) -> DataShare:
+        """What this rank computes of a global batch."""
+        return DataShare(
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            cp_rank=self.cp_rank,
+            cp_size=self.cp_size,
+            sp_size=self.tp_size if self.sequence_parallel else 1,
+            micro_batch_multiple=self.pp_size if self.vpp_size > 1 else 1,
+        )
+
     def stage_source(self, pp_rank: int) -> int:
-        """World rank of a stage's first shard in the first replica (Megatron's order is tp-dp-pp, tp fastest)."""
-        return pp_rank * self.dp_size * self.tp_size
+        """World rank of a stage's first shard in its first copy (Megatron's order is tp-cp-dp-pp, tp fastest)."""
+        return pp_rank * self.dp_size * self.cp_size * self.tp_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank, in place."""
@@ -91,7 +128,7 @@ def is_rank_zero() -> bool:
 
 
 def init_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and lays the TP x PP x DP grid over it.
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and lays the TP x CP x DP x PP grid over it.
 
     The layout must have passed `planning.check_layout`. `seed` seeds Megatron's RNG tracker of every rank.
     """
@@ -108,9 +145,12 @@ def init_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
             dist.init_process_group(backend, timeout=timeout)
         else:  # started by hand: a world of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    vpp_size = config.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp_size if vpp_size > 1 else None,
+        context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -121,8 +161,12 @@ def init_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp_size=vpp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence_parallel,
         device=device,
     )
 

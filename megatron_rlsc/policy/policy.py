@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_rlsc.config import Config
@@ -22,8 +24,8 @@ from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
 from megatron_rlsc.types import MicroBatch, ResponseScores
 
-Objective = Callable[[Tensor], Tensor]
-"""log p_theta of d responses, [d] -> their losses, [d]."""
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""log p_theta and log p_old of d responses, [d] each -> their losses, [d]."""
 
 
 class Policy:
@@ -33,8 +35,7 @@ class Policy:
         self.shape = shape.padded_to(config.model.make_vocab_size_divisible_by * parallel.tp_size)
         self.spec = choose_spec(config.model.transformer_impl)
         self.parallel = parallel
-        distributed_optimizer = config.parallel.use_distributed_optimizer
-        self.model: LogprobGPTModel = build_model(
+        self.chunks: list[LogprobGPTModel] = build_model(
             self.shape,
             model=config.model,
             spec=self.spec,
@@ -42,14 +43,14 @@ class Policy:
             parallel=parallel,
             temperature=config.rollout.temperature,
         )
-        self.ddp = wrap_model(self.model, use_distributed_optimizer=distributed_optimizer)
+        self.ddp = wrap_model(self.chunks, config.parallel)
         self.optimizer, self.schedule = build_optimizer(
             self.ddp,
             config.optimizer,
-            train_iters=config.train.train_iters,
-            use_distributed_optimizer=distributed_optimizer,
+            updates=config.train.train_iters * config.train.updates_per_rollout,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
 
     def score(self, micro_batches: Sequence[MicroBatch], num_samples: int) -> ResponseScores:
         """What the policy says of every response of the global batch; nothing is learned.
@@ -59,18 +60,29 @@ class Policy:
             num_samples: B, the responses of the global batch.
         """
         with torch.no_grad():
-            return self._run(micro_batches, None, num_samples)
+            return self._run(micro_batches, num_samples, None, None)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], num_samples: int, objective: Objective
+        self,
+        micro_batches: Sequence[MicroBatch],
+        num_samples: int,
+        objective: Objective,
+        *,
+        old_logprobs: Tensor | None = None,
     ) -> ResponseScores:
         """Scores every response and accumulates the gradient of the mean of `objective` over the global batch.
 
         No weight changes before `step`, so what the scores show can still stop the update.
+
+        Args:
+            old_logprobs: [B] log p_old of an earlier pass; None where the policy is still p_old, and this one gives it.
         """
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run(micro_batches, objective, num_samples)
+        if old_logprobs is not None:
+            old_logprobs = old_logprobs.to(self.parallel.device)
+        return self._run(micro_batches, num_samples, objective, old_logprobs)
 
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, before clipping."""
@@ -86,43 +98,57 @@ class Policy:
 
     def load_hf_weights(self, read: Callable[[str], Tensor]) -> None:
         """Takes the weights of an HF model; `read` returns a whole tensor by its HF name."""
-        load_hf_weights(self.model, read, shape=self.shape, spec=self.spec, parallel=self.parallel)
+        load_hf_weights(self.chunks, read, shape=self.shape, spec=self.spec, parallel=self.parallel)
         self.optimizer.reload_model_params()  # float32 master weights, where the model is in bfloat16
 
     def load(self, folder: Path) -> None:
         """Takes the weights of an HF model folder or of a Megatron checkpoint's newest step."""
         if is_megatron_checkpoint(folder):
-            load_checkpoint(latest_checkpoint(folder), model=self.model)
+            load_checkpoint(latest_checkpoint(folder), chunks=self.chunks)
             self.optimizer.reload_model_params()
         else:
             self.load_hf_weights(open_weights(folder).tensor)
 
     def save(self, folder: Path, step: int) -> None:
         """Weights, optimizer and schedule after `step`, as the newest checkpoint of `folder`."""
+        self._gather_params()
         save_checkpoint(
-            folder, step, model=self.model, parallel=self.parallel, optimizer=self.optimizer, schedule=self.schedule
+            folder, step, chunks=self.chunks, parallel=self.parallel, optimizer=self.optimizer, schedule=self.schedule
         )
 
     def resume(self, folder: Path) -> int:
         """Everything that `save` wrote last, from any layout; returns its step."""
         path = latest_checkpoint(folder)
-        step = load_checkpoint(path, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
+        step = load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, schedule=self.schedule)
         if step is None:
             raise ValueError(f"{path} is a converted model, not a step of a run: --load it instead of resuming")
         return step
 
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) on rank 0, in HF's order; nothing elsewhere, but every rank must exhaust it."""
-        return iter_hf_weights(self.model, shape=self.shape, spec=self.spec, parallel=self.parallel)
+        self._gather_params()
+        return iter_hf_weights(self.chunks, shape=self.shape, spec=self.spec, parallel=self.parallel)
+
+    def _gather_params(self) -> None:
+        """Under overlap_param_gather the parameters would wait for the next forward pass to be whole."""
+        for chunk in self.ddp:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _run(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective | None, num_samples: int
+        self,
+        micro_batches: Sequence[MicroBatch],
+        num_samples: int,
+        objective: Objective | None,
+        old_logprobs: Tensor | None,
     ) -> ResponseScores:
         """One pass of Megatron's schedule. `objective` None is forward only."""
+        interleaved = len(self.ddp) > 1
+        loss = partial(_loss, objective=objective, old_logprobs=old_logprobs, parallel=self.parallel)
         results: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, objective=objective),
-            data_iterator=iter(micro_batches),
-            model=self.ddp,
+            forward_step_func=partial(_forward_step, loss=loss),
+            data_iterator=[iter(micro_batches) for _ in self.ddp] if interleaved else iter(micro_batches),
+            model=self.ddp if interleaved else self.ddp[0],
             num_microbatches=len(micro_batches),
             seq_length=1,  # never read: variable_seq_lengths
             micro_batch_size=1,
@@ -133,7 +159,7 @@ class Policy:
     def _gather_scores(self, results: list[dict[str, Tensor]], num_samples: int) -> ResponseScores:
         """Every response's row from the one rank that has it to all ranks: a sum over zeros."""
         table = torch.zeros(num_samples, 4, dtype=torch.float64, device=self.parallel.device)
-        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0 and self.parallel.cp_rank == 0:
             for result in results:
                 real = result["sample_ids"] >= 0
                 table[result["sample_ids"][real]] = result["rows"][real]
@@ -141,14 +167,19 @@ class Policy:
         return ResponseScores(logprobs=logprobs, entropy=entropy, lengths=lengths.long(), rollout_difference=difference)
 
 
-def _forward_step(data_iterator: Iterator[MicroBatch], model: Any, *, objective: Objective | None) -> tuple[Any, Any]:
+def _forward_step(data_iterator: Iterator[MicroBatch], model: Any, *, loss: Callable[..., Any]) -> tuple[Any, Any]:
     """Megatron's forward_step_func (pipeline_parallel/schedules.py)."""
     batch = next(data_iterator)
-    return model(batch), partial(_loss, batch=batch, objective=objective)
+    return model(batch), partial(loss, batch=batch)
 
 
 def _loss(
-    output: tuple[Tensor, Tensor], *, batch: MicroBatch, objective: Objective | None
+    output: tuple[Tensor, Tensor],
+    *,
+    batch: MicroBatch,
+    objective: Objective | None,
+    old_logprobs: Tensor | None,
+    parallel: Parallel,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(summed loss, responses, this micro-batch's scores), as calculate_per_token_loss has it: Megatron divides the
     gradient by the responses of all micro-batches and replicas."""
@@ -158,16 +189,21 @@ def _loss(
     def per_response(tokens: Tensor) -> Tensor:
         return tokens.new_zeros(documents).index_add(0, batch.segments, tokens)
 
-    logprobs = per_response(token_logprobs)
+    # Summed over CP before it is weighed: every CP rank has the whole loss, and its own tokens' part of the gradient.
+    logprobs = reduce_from_tensor_model_parallel_region(per_response(token_logprobs), group=parallel.cp_group)
     real = batch.sample_ids >= 0
     loss = logprobs.new_zeros(())
     if objective is not None:
+        old = logprobs if old_logprobs is None else old_logprobs[batch.sample_ids]
         # A filler is multiplied by zero rather than left out, so that its backward pass runs like any other.
-        loss = (objective(logprobs) * real).sum()
+        loss = (objective(logprobs, old) * real).sum()
     with torch.no_grad():
         difference = (token_logprobs - batch.rollout_logprobs).abs()
         worst = difference.new_zeros(documents).scatter_reduce(0, batch.segments, difference, "amax")
-        lengths = per_response(torch.ones_like(token_logprobs))
-        rows = torch.stack([logprobs, per_response(token_entropy), lengths, worst], dim=1).double()
-    scores = {"sample_ids": batch.sample_ids, "rows": rows}
-    return loss, real.sum().int(), scores
+        sums = torch.stack([per_response(token_entropy), per_response(torch.ones_like(token_logprobs))])
+        if parallel.cp_size > 1:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel.cp_group)
+            dist.all_reduce(sums, group=parallel.cp_group)
+        rows = torch.stack([logprobs, *sums, worst], dim=1).double()
+    count = real.sum().int() if parallel.cp_rank == 0 else real.new_zeros((), dtype=torch.int32)
+    return loss, count, {"sample_ids": batch.sample_ids, "rows": rows}

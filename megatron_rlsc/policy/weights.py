@@ -18,7 +18,7 @@ LAYERS = "decoder.layers."
 
 
 def load_hf_weights(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     read: Callable[[str], Tensor],
     *,
     shape: ModelShape,
@@ -26,37 +26,37 @@ def load_hf_weights(
     parallel: Parallel,
 ) -> None:
     """Fills this rank's stage and shards. `read` returns a whole HF tensor by name."""
-    params = dict(model.named_parameters())
+    params = [dict(chunk.named_parameters()) for chunk in chunks]
     rules = rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec)
     if shape.tie_word_embeddings and parallel.pp_size > 1:
         # The last stage of a tied model holds a copy of the embedding, far from the first stage's own.
         rules.append(replace(EMBEDDING, megatron=OUTPUT.megatron))
     for rule in rules:
-        stage, name = _locate(rule.megatron, shape, parallel)
+        stage, chunk, name = _locate(rule.megatron, shape, parallel)
         if stage == parallel.pp_rank:
             tensors = [read(hf_name) for hf_name in rule.hf]
             part = shard(rule.layout, tensors, shape, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
             with torch.no_grad():
-                params.pop(name).copy_(part)
-    assert not params, f"the table has no row for {sorted(params)}"
+                params[chunk].pop(name).copy_(part)
+    assert not any(params), f"the table has no row for {[name for chunk in params for name in chunk]}"
 
 
 @torch.no_grad()
 def iter_hf_weights(
-    model: torch.nn.Module, *, shape: ModelShape, spec: Spec, parallel: Parallel
+    chunks: Sequence[torch.nn.Module], *, shape: ModelShape, spec: Spec, parallel: Parallel
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF name, whole tensor) on rank 0, in HF's order; other ranks yield nothing but must exhaust it too.
 
     One row of the table at a time: its TP shards meet on the first rank of their stage, which sends the HF tensors to
     rank 0. A tensor may share memory with the model: use it before the next update.
     """
-    params = dict(model.named_parameters())
+    params = [dict(chunk.named_parameters()) for chunk in chunks]
     for rule in rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec):
-        stage, name = _locate(rule.megatron, shape, parallel)
+        stage, chunk, name = _locate(rule.megatron, shape, parallel)
         source = parallel.stage_source(stage)
         tensors: Sequence[Tensor] = ()
-        if parallel.dp_rank == 0 and parallel.pp_rank == stage:
-            shards = _gather_shards(params[name], source, parallel)
+        if parallel.holds_first_copy and parallel.pp_rank == stage:
+            shards = _gather_shards(params[chunk][name], source, parallel)
             if shards:
                 tensors = gather(rule.layout, shards, shape)
         if source != 0 and parallel.rank == source:
@@ -64,17 +64,24 @@ def iter_hf_weights(
                 dist.send(tensor.contiguous(), dst=0)
         if parallel.rank == 0:
             if source != 0:
-                tensors = _receive(rule, shape, source, like=next(iter(params.values())))
+                tensors = _receive(rule, shape, source, like=next(iter(params[0].values())))
             yield from zip(rule.hf, tensors, strict=True)
 
 
-def _locate(megatron_name: str, shape: ModelShape, parallel: Parallel) -> tuple[int, str]:
-    """(stage, name there) of a parameter's global name: layers are dealt evenly and counted from 0 on each stage."""
+def _locate(megatron_name: str, shape: ModelShape, parallel: Parallel) -> tuple[int, int, str]:
+    """(stage, chunk, name there) of a parameter's global name.
+
+    Layers are cut into PP x VPP runs, dealt over the stages in turn, and counted from 0 in each.
+    """
     if megatron_name.startswith(LAYERS):
         layer, _, rest = megatron_name.removeprefix(LAYERS).partition(".")
-        per_stage = shape.num_hidden_layers // parallel.pp_size
-        return int(layer) // per_stage, f"{LAYERS}{int(layer) % per_stage}.{rest}"
-    return (0 if megatron_name == EMBEDDING.megatron else parallel.pp_size - 1), megatron_name
+        per_run = shape.num_hidden_layers // (parallel.pp_size * parallel.vpp_size)
+        run, local = divmod(int(layer), per_run)
+        chunk, stage = divmod(run, parallel.pp_size)
+        return stage, chunk, f"{LAYERS}{local}.{rest}"
+    if megatron_name == EMBEDDING.megatron:
+        return 0, 0, megatron_name
+    return parallel.pp_size - 1, parallel.vpp_size - 1, megatron_name
 
 
 def _gather_shards(param: Tensor, destination: int, parallel: Parallel) -> list[Tensor]:

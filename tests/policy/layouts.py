@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import reference
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_rlsc.batching import pack
 from megatron_rlsc.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import on_policy_losses, weight_shift
+from megatron_rlsc.objective import response_losses, weight_shift
 from megatron_rlsc.policy.parallel import init_parallel
 from megatron_rlsc.policy.policy import Objective, Policy
 from megatron_rlsc.policy.weights import iter_hf_weights
@@ -27,15 +28,51 @@ MAX_TOKENS = 50
 class Layout:
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    cp: int = 1
     dp: int = 1
+    sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    overlap: bool = False
+    """Of gradients, and under a distributed optimizer of parameters."""
+    recompute: Literal["selective", "uniform", "block"] | None = None
+    """`uniform` and `block` are methods of full."""
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    def config(self) -> ParallelConfig:
+        full = self.recompute in ("uniform", "block")
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp,
+            context_parallel_size=self.cp,
+            sequence_parallel=self.sequence_parallel,
+            use_distributed_optimizer=self.distributed_optimizer,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.overlap and self.distributed_optimizer,
+            recompute_granularity="full" if full else self.recompute,  # type: ignore[arg-type]
+            recompute_method=self.recompute if full else None,  # type: ignore[arg-type]
+            recompute_num_layers=1 if full else None,
+        )
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + ("-distopt" if self.distributed_optimizer else "")
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["single"]
+        flags = {"sp": self.sequence_parallel, "distopt": self.distributed_optimizer, "overlap": self.overlap}
+        words += [name for name, flag in flags.items() if flag]
+        return "-".join(words + ([self.recompute] if self.recompute else []))
+
+
+class Place(NamedTuple):
+    """A rank's, in the grid."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +99,10 @@ class Outcome:
     weights: dict[str, Tensor]
     """After an update on `seven` and one on `three`; on rank 0."""
     replica: dict[str, Tensor]
-    """This rank's own parameters then, by Megatron name."""
-    place: tuple[int, int, int]
-    """tp, pp and dp rank."""
+    """This rank's own parameters then, by Megatron name, behind its chunk's number."""
+    later_weights: dict[str, Tensor]
+    """After two more updates, both on `seven`; on rank 0."""
+    place: Place
 
 
 def build_policy(
@@ -72,11 +110,7 @@ def build_policy(
 ) -> Policy:
     """With `state`'s weights, and rows beyond the vocabulary that would win every softmax."""
     config = Config(
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            use_distributed_optimizer=layout.distributed_optimizer,
-        ),
+        parallel=layout.config(),
         model=ModelConfig(logprob_chunk_tokens=7),
         rollout=RolloutConfig(temperature=temperature),
         optimizer=OptimizerConfig(
@@ -97,17 +131,14 @@ def build_policy(
 
 @torch.no_grad()
 def fill_padding_rows(policy: Policy, value: float) -> None:
-    for name, parameter in policy.model.named_parameters():
+    for name, parameter in (named for chunk in policy.chunks for named in chunk.named_parameters()):
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             present = policy.shape.vocab_size - policy.parallel.tp_rank * len(parameter)
             parameter[max(present, 0) :] = value
 
 
 def pack_for(policy: Policy, samples: list[Sample]) -> list[MicroBatch]:
-    parallel = policy.parallel
-    return pack(
-        samples, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size, max_tokens=MAX_TOKENS, device=parallel.device
-    )
+    return pack(samples, policy.parallel.data_share, max_tokens=MAX_TOKENS, device=policy.parallel.device)
 
 
 @dataclass(frozen=True)
@@ -123,7 +154,7 @@ class MainGradients:
 
 def backward(policy: Policy, samples: list[Sample], loss: Objective, *, gather: bool) -> Gradient:
     scores = policy.forward_backward(pack_for(policy, samples), len(samples), loss)
-    shards = MainGradients(policy.model)
+    shards = [MainGradients(chunk) for chunk in policy.chunks]
     whole = iter_hf_weights(shards, shape=policy.shape, spec=policy.spec, parallel=policy.parallel)
     by_name = {name: tensor.clone() for name, tensor in whole} if gather else {}
     return Gradient(scores=scores, norm=policy.gradient_norm(), by_name=by_name)
@@ -131,9 +162,19 @@ def backward(policy: Policy, samples: list[Sample], loss: Objective, *, gather: 
 
 def update(policy: Policy, samples: list[Sample]) -> None:
     """One step of RLSC with alpha 0.1."""
-    policy.forward_backward(pack_for(policy, samples), len(samples), partial(on_policy_losses, alpha=0.1))
+    policy.forward_backward(pack_for(policy, samples), len(samples), partial(response_losses, alpha=0.1))
     policy.gradient_norm()
     policy.step()
+
+
+def two_updates_on_one_rollout(policy: Policy, samples: list[Sample]) -> None:
+    """p_old is what it was before the first."""
+    batch = pack_for(policy, samples)
+    old_logprobs = policy.score(batch, len(samples)).logprobs
+    for _ in range(2):
+        policy.forward_backward(batch, len(samples), partial(response_losses, alpha=0.1), old_logprobs=old_logprobs)
+        policy.gradient_norm()
+        policy.step()
 
 
 def hf_weights(policy: Policy) -> dict[str, Tensor]:
@@ -146,19 +187,28 @@ def play(layout: Layout, shape: ModelShape, state: dict[str, Tensor], batches: d
     gather = not layout.distributed_optimizer
     scores = {name: policy.score(pack_for(policy, samples), len(samples)) for name, samples in batches.items()}
     l2 = {
-        name: backward(policy, samples, partial(on_policy_losses, alpha=0.1), gather=gather)
+        name: backward(policy, samples, partial(response_losses, alpha=0.1), gather=gather)
         for name, samples in batches.items()
     }
     shift = weight_shift(scores["seven"].logprobs, 0.0, "batch-max")
-    batch_max = backward(policy, batches["seven"], partial(on_policy_losses, alpha=0.0, shift=shift), gather=gather)
+    batch_max = backward(policy, batches["seven"], partial(response_losses, alpha=0.0, shift=shift), gather=gather)
     update(policy, batches["seven"])
     update(policy, batches["three"])
+    weights = hf_weights(policy)
+    replica = {
+        f"{i}.{name}": parameter.detach().clone()
+        for i, chunk in enumerate(policy.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    two_updates_on_one_rollout(policy, batches["seven"])
+    parallel = policy.parallel
     return Outcome(
         micro_batches={name: len(pack_for(policy, samples)) for name, samples in batches.items()},
         scores=scores,
         l2=l2,
         batch_max=batch_max,
-        weights=hf_weights(policy),
-        replica={name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()},
-        place=(policy.parallel.tp_rank, policy.parallel.pp_rank, policy.parallel.dp_rank),
+        weights=weights,
+        replica=replica,
+        later_weights=hf_weights(policy),
+        place=Place(parallel.tp_rank, parallel.pp_rank, parallel.cp_rank, parallel.dp_rank),
     )

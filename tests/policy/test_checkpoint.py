@@ -46,7 +46,7 @@ def update_and_save(
 
 def save_weights(layout: Layout, shape: ModelShape, state: dict[str, Tensor], folder: Path) -> None:
     policy = build_policy(layout, shape, state)
-    save_checkpoint(folder, None, model=policy.model, parallel=policy.parallel)
+    save_checkpoint(folder, None, chunks=policy.chunks, parallel=policy.parallel)
 
 
 def resume_and_update(

@@ -16,7 +16,7 @@ from truth import truth
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import on_policy_losses
+from megatron_rlsc.objective import response_losses
 from megatron_rlsc.types import ResponseScores, Sample
 
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -27,7 +27,7 @@ def score_and_differentiate(
 ) -> tuple[ResponseScores, ResponseScores, float]:
     policy = build_policy(layout, shape, state, temperature=temperature)
     scores = policy.score(pack_for(policy, samples), len(samples))
-    gradient = backward(policy, samples, partial(on_policy_losses, alpha=0.1), gather=False)
+    gradient = backward(policy, samples, partial(response_losses, alpha=0.1), gather=False)
     return scores, gradient.scores, gradient.norm
 
 

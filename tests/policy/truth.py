@@ -110,6 +110,21 @@ def two_updates(
     return model.state_dict()
 
 
+@functools.cache
+def four_updates(tied: bool) -> dict[str, Tensor]:
+    """The weights after `two_updates` and two more on `seven`, whose p_old is what it was before the first of them."""
+    model = hf_model(tied)
+    optimizer = reference.adamw(model)
+    for name in ("seven", "three"):
+        rlsc_update(model, optimizer, truth(tied).batches[name])
+    samples = truth(tied).batches["seven"]
+    old_logprobs = reference.response_logprobs(model, samples, temperature=TEMPERATURE).detach()
+    for _ in range(2):
+        logprobs = reference.response_logprobs(model, samples, temperature=TEMPERATURE)
+        reference.update(model, optimizer, reference.rlsc_loss(logprobs, old_logprobs, alpha=ALPHA))
+    return model.state_dict()
+
+
 def worst_update(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> float:
     """The largest |found - expected| / |expected - before| of a parameter."""
     return max(
