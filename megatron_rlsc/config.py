@@ -103,6 +103,8 @@ class DataConfig:
     """Wrap the prompt in the tokenizer's chat template, up to where the assistant speaks."""
     prompts_per_step: int = 32
     """Questions a step; their order is a shuffle by (seed, epoch)."""
+    allow_duplicate_prompts: bool = False
+    """Ask a question that stands on several lines as often as it stands there; otherwise such a file is refused."""
 
     def __post_init__(self) -> None:
         _require(self.prompts_per_step > 0, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rlsc.config import DataConfig
@@ -13,6 +14,8 @@ from megatron_rlsc.types import Prompt
 COT_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 """Of `qwen25-math-cot`, Qwen2.5-Math's own and the paper's."""
 QUESTION_FIELDS = ("problem", "question")
+SHOWN = 3
+"""Of many mistakes alike, those that an error quotes."""
 
 
 class PromptSource:
@@ -25,13 +28,15 @@ class PromptSource:
             seed: of the order.
             max_prompt_tokens: what the model's context leaves beside a response.
 
-        Raises ValueError, with the line number, where a question is malformed, empty or too long.
+        Raises ValueError, with the line number, where a question is malformed, empty, too long or there already.
         """
         self.seed = seed
         self._prompts_per_step = config.prompts_per_step
+        questions = read_questions(config.data_path)
+        if not config.allow_duplicate_prompts:
+            _require_distinct(questions, config.data_path)
         self._prompts = [
-            _tokenized(render(question, config, tokenizer), index, tokenizer)
-            for index, question in read_questions(config.data_path).items()
+            _tokenized(render(question, config, tokenizer), index, tokenizer) for index, question in questions.items()
         ]
         for prompt in self._prompts:
             if not 0 < len(prompt.token_ids) <= max_prompt_tokens:
@@ -68,6 +73,26 @@ def read_questions(path: Path) -> dict[int, str]:
     if not questions:
         raise ValueError(f"{path} has no questions")
     return questions
+
+
+def _require_distinct(questions: Mapping[int, str], path: Path) -> None:
+    """Raises ValueError where a question, but for the space around it, stands on two lines: it would weigh double."""
+    lines: dict[str, list[int]] = {}
+    for index, question in questions.items():
+        lines.setdefault(question.strip(), []).append(index + 1)
+    repeated = {question: numbers for question, numbers in lines.items() if len(numbers) > 1}
+    if repeated:
+        extra = len(questions) - len(lines)
+        shown = [
+            f"{question[:60]!r} on lines {', '.join(map(str, numbers[:SHOWN]))}"
+            + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
+            for question, numbers in list(repeated.items())[:SHOWN]
+        ]
+        others = f"; {len(repeated) - SHOWN} more such questions" if len(repeated) > SHOWN else ""
+        raise ValueError(
+            f"{path}: {extra} of {len(questions)} questions are there already: {'; '.join(shown)}{others}. Take the "
+            f"repeated lines out, or keep them, to be asked as often as they are there: --allow-duplicate-prompts"
+        )
 
 
 def _question(line: bytes, where: str) -> str:

@@ -22,7 +22,7 @@ from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
 from megatron_rlsc.rollout.wire import KEY_VARIABLE
 from megatron_rlsc.run_dir import SIDECAR_LOG
-from megatron_rlsc.tokenizer import load_tokenizer, stop_token_ids
+from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Sample
 
 if TYPE_CHECKING:
@@ -72,14 +72,22 @@ class Follower:
 class Replay(Follower):
     """Responses from the journal of an earlier run (`--replay-rollouts`): nothing is pushed, nothing is drawn."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        """Raises ValueError unless the journal has the first of them and the last."""
+    def __init__(self, folder: Path, steps: int, *, vocab_size: int) -> None:
+        """Raises ValueError unless the journal has the first of them and the last, of a model of `vocab_size` rows."""
         self._journal = Journal(folder)
+        self._vocab_size = vocab_size
         for step in (1, steps):
-            self._journal.read(step)
+            self.sample(step, "")
 
     def sample(self, step: int, version: str) -> list[Sample] | None:
-        return self._journal.read(step)
+        samples = self._journal.read(step)
+        largest = max(max(sample.prompt_token_ids + sample.response_token_ids) for sample in samples)
+        if largest >= self._vocab_size:  # a tensor-parallel embedding would take it for zeros, in silence
+            raise ValueError(
+                f"{self._journal.path(step)} has token id {largest}, the model only {self._vocab_size} rows "
+                f"(vocab_size of config.json): --replay-rollouts needs the journal of a model with this one's tokenizer"
+            )
+        return samples
 
 
 class VllmSampler:
@@ -167,9 +175,11 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
     else:
         open_weights(config.model.load)
     if config.rollout.replay_rollouts is not None:
-        return Replay(config.rollout.replay_rollouts, config.train.train_iters)
+        return Replay(config.rollout.replay_rollouts, config.train.train_iters, vocab_size=shape.vocab_size)
     rollout = config.rollout
     tokenizer = load_tokenizer(model_dir)
+    stops = stop_token_ids(tokenizer, model_dir)
+    check_vocabulary(tokenizer, stops, vocab_size=shape.vocab_size, folder=model_dir)
     prompts = PromptSource(
         config.data,
         tokenizer,
@@ -195,4 +205,4 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
             timeout=rollout.sidecar_timeout,
         )
         sidecar.check()
-    return VllmSampler(rollout, prompts, sidecar=sidecar, stop_token_ids=stop_token_ids(tokenizer, model_dir))
+    return VllmSampler(rollout, prompts, sidecar=sidecar, stop_token_ids=stops)

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 SENTENCEPIECE_MODEL = "tokenizer.model"
 CHAT_TEMPLATE = "chat_template.jinja"
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+GENERATION_CONFIG = "generation_config.json"
 
 Message = dict[str, str]
 """`role` and `content`."""
@@ -50,8 +51,13 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder, read from its own files alone; from `tokenizer.model` where HF's are absent.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none. That is looked for here: transformers makes an empty tokenizer of a folder
+    that has config.json alone, and one of single characters where merges.txt is missing.
     """
+    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"), (SENTENCEPIECE_MODEL,))
+    if not any(all((folder / name).is_file() for name in names) for names in vocabularies):
+        known = ", nor ".join(" with ".join(names) for names in vocabularies)
+        raise ValueError(f"{folder} has no tokenizer: neither {known}. Copy it from where the weights came from")
     if (folder / SENTENCEPIECE_MODEL).is_file() and not any((folder / name).is_file() for name in HF_FILES):
         return SentencePieceTokenizer(folder)
     try:
@@ -65,13 +71,44 @@ def stop_token_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
 
     The first of them ends a response and is its last token. Raises ValueError where there is none.
     """
-    path = folder / "generation_config.json"
-    configured = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    found = configured if isinstance(configured, list) else [configured]
-    stops = {token_id for token_id in (*found, tokenizer.eos_token_id) if token_id is not None}
+    stops = {*_configured_stops(folder / GENERATION_CONFIG), tokenizer.eos_token_id} - {None}
     if not stops:
-        raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in generation_config.json")
+        raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in {GENERATION_CONFIG}")
     return tuple(sorted(stops))
+
+
+def _configured_stops(path: Path) -> list[int]:
+    """`eos_token_id` of a generation_config.json: one, several, or none."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
+    stops = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(stop) is not int for stop in stops):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {found!r}")
+    return stops
+
+
+def check_vocabulary(tokenizer: Tokenizer, stops: Sequence[int], *, vocab_size: int, folder: Path) -> None:
+    """Raises ValueError where the tokenizer, or a stop, has ids that a model of `vocab_size` rows has no row for.
+
+    Fewer ids than rows are normal: Qwen2.5's 151665 stand in 151936 rows, or 152064.
+    """
+    remedy = "One of the two is another model's: take config.json and the tokenizer from where the weights came from"
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has token ids up to {tokenizer.vocab_size - 1}, the model only {vocab_size} rows "
+            f"for them (vocab_size of config.json). {remedy}"
+        )
+    outside = [str(stop) for stop in stops if not 0 <= stop < vocab_size]
+    if outside:
+        raise ValueError(
+            f"{folder}: no response could end with stop token {', '.join(outside)} ({GENERATION_CONFIG}, or the "
+            f"tokenizer's end of sequence), since the model has only {vocab_size} rows (vocab_size of config.json). "
+            f"{remedy}"
+        )
 
 
 class HFTokenizer:

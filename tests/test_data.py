@@ -111,3 +111,30 @@ def test_no_chat_template(tmp_path):
     path = write(tmp_path / "q.jsonl", {"problem": "1"})
     with pytest.raises(ValueError, match=r"no chat template.*--no-apply-chat-template"):
         source(path, load_tokenizer(folder), apply_chat_template=True)
+
+
+def test_a_question_that_is_there_already(tokenizer, tmp_path):
+    """Five questions on lines 1, 2, 4, 5 and 6 (3 is blank); two are new, so three are there already."""
+    path = write(
+        tmp_path / "q.jsonl",
+        {"problem": "1+1"},
+        {"question": " 1+1\n"},
+        "\n",
+        {"problem": "2+2"},
+        {"problem": "1+1", "id": 7},
+        {"problem": "2+2"},
+    )
+    with pytest.raises(ValueError) as error:
+        source(path, tokenizer)
+    assert str(error.value) == (
+        f"{path}: 3 of 5 questions are there already: '1+1' on lines 1, 2, 5; '2+2' on lines 4, 6. Take the repeated "
+        f"lines out, or keep them, to be asked as often as they are there: --allow-duplicate-prompts"
+    )
+    kept = source(path, tokenizer, allow_duplicate_prompts=True, prompts_per_step=5).at(0)
+    assert sorted(prompt.index for prompt in kept) == [0, 1, 3, 4, 5]
+
+
+def test_of_many_such_questions_the_first_are_shown(tokenizer, tmp_path):
+    path = write(tmp_path / "q.jsonl", *({"problem": str(i)} for i in [*range(10)] * 6))
+    with pytest.raises(ValueError, match=r"50 of 60 .*'0' on lines 1, 11, 21 and 3 more; .*; 7 more such questions\."):
+        source(path, tokenizer)

@@ -85,12 +85,32 @@ def test_prompts(refused, questions, tmp_path):
         ("", "has no questions"),
         ('{"problem": "1+1"}\nnonsense\n', "line 2: not JSON"),
         ('{"problem": "1+1"}\n{"text": "2+2"}\n', "line 2: neither `problem` nor `question`"),
+        ('{"problem": "1+1"}\n{"problem": "2+2"}\n{"problem": "1+1 "}\n', "1 of 3 questions are there already"),
         (json.dumps({"problem": "9" * 5000}), "line 1: the prompt has 5"),
     ]:
         questions.write_text(content)
         assert told in refused()
     questions.write_text('{"problem": "1+2"}\n')
     assert "the model's context leaves" in refused(max_response_length=4096)
+
+
+def test_vocabularies(refused, base_model, tmp_path):
+    def change(folder: Path, name: str, **fields: object) -> Path:
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | fields))
+        return folder
+
+    none = copy_of(base_model, tmp_path / "none")
+    (none / "tokenizer.json").unlink()
+    assert "none has no tokenizer: neither tokenizer.json" in refused(load=none)
+
+    other = change(copy_of(base_model, tmp_path / "other"), "tokenizer.json")
+    added = json.loads((other / "tokenizer.json").read_text())["added_tokens"]
+    change(other, "tokenizer.json", added_tokens=[*added, added[-1] | {"id": 300, "content": "<|other|>"}])
+    assert "the tokenizer has token ids up to 259, the model only 259 rows" in refused(load=other)
+
+    stops = change(copy_of(base_model, tmp_path / "stops"), "generation_config.json", eos_token_id=[256, 151645])
+    assert "no response could end with stop token 151645" in refused(load=stops)
 
 
 def test_sidecars(refused, tmp_path):
@@ -105,6 +125,10 @@ def test_sidecars(refused, tmp_path):
 
 def test_journals(refused, tmp_path):
     assert "has no step-000001.jsonl to replay" in refused(replay_rollouts=tmp_path)
+    (line, *_) = (Path(__file__).parent / "golden/journal/step-000001.jsonl").read_text().splitlines()
+    (tmp_path / "step-000001.jsonl").write_text(json.dumps(json.loads(line) | {"prompt_token_ids": [151644]}))
+    message = refused(replay_rollouts=tmp_path, train_iters=1)
+    assert "step-000001.jsonl has token id 151644, the model only 259 rows" in message
 
 
 def test_values(refused):

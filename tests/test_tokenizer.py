@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -22,7 +23,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from megatron_rlsc.config import DataConfig
 from megatron_rlsc.conversion.hf import copy_config_files
 from megatron_rlsc.data import render
-from megatron_rlsc.tokenizer import HFTokenizer, SentencePieceTokenizer, load_tokenizer, stop_token_ids
+from megatron_rlsc.tokenizer import (
+    HFTokenizer,
+    SentencePieceTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 BASE = Path(__file__).parent.parent / "checkpoints/rlsc-tiny-base"
 CORPUS = [
@@ -270,3 +277,50 @@ def test_a_stop_set_of_none_is_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text("{}")
     with pytest.raises(ValueError, match="names no end of sequence"):
         stop_token_ids(load_tokenizer(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON object"),
+        ("[256]", "is no JSON object"),
+        ('{"eos_token_id": "<|im_end|>"}', "eos_token_id must be a token id or a list of them, not '<|im_end|>'"),
+        ('{"eos_token_id": [256, null]}', "must be a token id or a list of them"),
+    ],
+)
+def test_a_generation_config_that_is_none_is_refused(tmp_path, text, message):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stop_token_ids(load_tokenizer(BASE), tmp_path)
+
+
+# Files and sizes
+
+
+@pytest.mark.parametrize("left", [["config.json"], ["tokenizer_config.json"], ["vocab.json", "tokenizer_config.json"]])
+def test_a_tokenizer_without_its_vocabulary_is_refused(qwen_dir, tmp_path, left):
+    """transformers would make one that has no tokens, or splits every word into letters."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for name in set(left) - {"config.json"}:
+        shutil.copyfile(qwen_dir / name, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"neither tokenizer\.json, nor vocab\.json with merges\.txt, nor tokenizer\.mod"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_with_rows_to_spare_fits(qwen_dir, piece_dir):
+    """As Qwen2.5's: 151665 ids in 151936 rows."""
+    for folder in (qwen_dir, piece_dir):
+        tokenizer = load_tokenizer(folder)
+        for rows in (tokenizer.vocab_size, tokenizer.vocab_size + 271):
+            check_vocabulary(tokenizer, (0, tokenizer.vocab_size - 1), vocab_size=rows, folder=folder)
+
+
+def test_a_vocabulary_that_is_another_model_s_is_refused():
+    """259 ids, of which 256 and 258 are stops."""
+    tokenizer = load_tokenizer(BASE)
+    with pytest.raises(ValueError, match=r"token ids up to 258, the model only 258 rows .*One of the two is another"):
+        check_vocabulary(tokenizer, (256, 258), vocab_size=258, folder=BASE)
+    with pytest.raises(ValueError, match=r"no response could end with stop token 151645, -1 .* only 259 rows"):
+        check_vocabulary(tokenizer, (256, 151645, -1), vocab_size=259, folder=BASE)
