@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 destroy_parallel()
             else:
                 dist.destroy_process_group()
+            gc.collect()  # a group's threads end with its last reference, and models hold theirs in cycles
         except BaseException:  # noqa: BLE001 the other end raises it
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
