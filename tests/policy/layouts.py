@@ -106,15 +106,21 @@ class Outcome:
 
 
 def build_policy(
-    layout: Layout, shape: ModelShape, state: dict[str, Tensor] | None, *, temperature: float = 0.5
+    layout: Layout,
+    shape: ModelShape,
+    state: dict[str, Tensor] | None,
+    *,
+    temperature: float = 0.5,
+    bf16: bool = False,
+    lr: float = reference.LR,
 ) -> Policy:
     """With `state`'s weights, and rows beyond the vocabulary that would win every softmax."""
     config = Config(
         parallel=layout.config(),
-        model=ModelConfig(logprob_chunk_tokens=7),
+        model=ModelConfig(logprob_chunk_tokens=7, bf16=bf16),
         rollout=RolloutConfig(temperature=temperature),
         optimizer=OptimizerConfig(
-            lr=reference.LR,
+            lr=lr,
             adam_beta1=reference.BETAS[0],
             adam_beta2=reference.BETAS[1],
             adam_eps=reference.EPS,
