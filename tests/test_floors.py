@@ -117,7 +117,7 @@ def test_the_objective_knows_tensors_and_nothing_else():
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 @pytest.mark.parametrize("name", ["config", "types", "conversion.rules", "conversion.shape", "rollout.client"])

@@ -27,7 +27,7 @@ def test_five_steps(ranks: int, layout: tuple[str, ...], tmp_path: Path) -> None
     flags = (GOLDEN / "flags.txt").read_text().split()
     replay = (f"--replay-rollouts={GOLDEN / 'journal'}", f"--output-dir={tmp_path / 'run'}")
     done = subprocess.run(
-        [*launch, "-m", "megatron_rlsc", *flags, *replay, *layout], capture_output=True, text=True, timeout=300
+        [*launch, "-m", "megatron_rlsc", *flags, *replay, *layout], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

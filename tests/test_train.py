@@ -42,7 +42,7 @@ def rlsc(*flags: object, ranks: int = 2, check: bool = True) -> subprocess.Compl
     """`python -m megatron_rlsc` on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, "-m", "megatron_rlsc", *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300
+        [*command, "-m", "megatron_rlsc", *TINY, *map(str, flags)], capture_output=True, text=True, timeout=900
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -185,7 +185,7 @@ def test_a_push_left_out_stops_the_run(base_model: Path, questions: Path, sideca
         f"--sidecar-python={sidecar_python}",
         f"--output-dir={tmp_path / 'run'}",
     )
-    done = subprocess.run([sys.executable, "-c", code, *TINY, *flags], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, *TINY, *flags], capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert "step 2: the sampler's log-probability of a token differs" in done.stderr
     assert len(Run(tmp_path / "run", "").metrics) == 1

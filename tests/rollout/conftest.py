@@ -28,7 +28,7 @@ def sidecar(sidecar_python: Path, tiny: TinyModel, tmp_path_factory: pytest.Temp
         max_model_len=MAX_MODEL_LEN,
         seed=1,
         log_path=log_path,
-        timeout=180,
+        timeout=600,
     ) as sidecar:
         sidecar.wait_until_ready()
         yield sidecar
@@ -36,7 +36,7 @@ def sidecar(sidecar_python: Path, tiny: TinyModel, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def sync(sidecar: Sidecar) -> Iterator[WeightSync]:
-    sync = WeightSync(sidecar.url, key=sidecar.key, timeout=60)
+    sync = WeightSync(sidecar.url, key=sidecar.key, timeout=300)
     yield sync
     sync.close()
 

@@ -56,7 +56,7 @@ def test_a_sample_of_an_older_push_is_refused(tiny: TinyModel, sync: WeightSync,
 
 def test_versions_are_never_reused(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync) -> None:
     """A second WeightSync, as after a resume, counts from 0 again under another run id."""
-    resumed = WeightSync(sidecar.url, key=sidecar.key, timeout=60)
+    resumed = WeightSync(sidecar.url, key=sidecar.key, timeout=300)
     versions = [pusher.push(tiny.weights().items()) for pusher in (sync, sync, resumed, resumed)]
     assert len(set(versions)) == 4
     assert [version.split(":")[1] for version in versions] == ["0", "1", "0", "1"]
@@ -113,7 +113,7 @@ class FlipOneBit(httpx.HTTPTransport):
 
 def test_a_flipped_bit_is_refused(sidecar: Sidecar, tiny: TinyModel) -> None:
     directory = push_directory(sidecar)
-    sync = WeightSync(sidecar.url, key=sidecar.key, timeout=60, transport=FlipOneBit(directory))
+    sync = WeightSync(sidecar.url, key=sidecar.key, timeout=300, transport=FlipOneBit(directory))
     with pytest.raises(SyncError, match=r"^update: .*sha256"):
         sync.push(tiny.weights().items())
     assert_untouched(sidecar, tiny, sync)
@@ -220,6 +220,6 @@ def assert_untouched(sidecar: Sidecar, tiny: TinyModel, refused: WeightSync) -> 
         refused.push(tiny.weights().items())
     paused = httpx.get(f"{sidecar.url}/is_paused", headers=bearer(sidecar.key))
     assert paused.json() == {"is_paused": True}
-    version = WeightSync(sidecar.url, key=sidecar.key, timeout=60).push(tiny.weights().items())
+    version = WeightSync(sidecar.url, key=sidecar.key, timeout=300).push(tiny.weights().items())
     samples = build_client(sidecar.url, sidecar.key).generate(PROMPTS, step=0, version=version)
     assert tiny.largest_difference(samples) < 1e-4

@@ -21,7 +21,7 @@ from megatron_rlsc.rollout.weight_sync import WeightSync
 
 
 def build_sidecar(
-    python: Path, model_dir: Path, tmp_path: Path, *, port: int = 0, timeout: float = 120, kv_cache_gib: int = 1
+    python: Path, model_dir: Path, tmp_path: Path, *, port: int = 0, timeout: float = 600, kv_cache_gib: int = 1
 ) -> Sidecar:
     return Sidecar(
         python,
@@ -88,7 +88,7 @@ from pathlib import Path
 from megatron_rlsc.rollout.sidecar import Sidecar
 python, model_dir, log_path, max_model_len = sys.argv[1:]
 sidecar = Sidecar(Path(python), Path(model_dir), dtype="float32", max_model_len=int(max_model_len), seed=1,
-                  log_path=Path(log_path), timeout=180)
+                  log_path=Path(log_path), timeout=600)
 sidecar.start()
 sidecar.wait_until_ready()
 print(sidecar.url, sidecar.key, sidecar.run_dir, flush=True)
@@ -104,7 +104,7 @@ def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: 
     assert trainer.stdout is not None
     url, key, run_dir = trainer.stdout.readline().split()
 
-    sync = WeightSync(url, key=key, timeout=60)
+    sync = WeightSync(url, key=key, timeout=300)
     for _ in range(2):
         version = sync.push(tiny.weights().items())
         samples = build_client(url, key).generate(PROMPTS, step=0, version=version)
