@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsc.conversion.rope import Yarn, read_yarn, rope_theta, unsupported_rope
 from megatron_rlsc.conversion.rules import Rule, rules_for
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -36,6 +37,8 @@ class ModelShape:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    yarn: Yarn | None = None
+    """None: plain rotary positions."""
 
     @property
     def query_size(self) -> int:
@@ -78,31 +81,15 @@ def read_shape(hf_dir: Path) -> ModelShape:
     if not isinstance(config, dict) or config.get("model_type") != "qwen2":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: model_type is {found!r}; this package trains qwen2 (Qwen2 and Qwen2.5, dense) only")
-    refused = _unsupported(config)
+    config = {**config, "rope_theta": rope_theta(config)}
+    _check_fields(config, path)
+    refused = [*_unsupported(config), *unsupported_rope(config), *_sliding_window(config)]
     if refused:
         raise ValueError(f"{path} asks for what is not supported: " + "; ".join(refused))
     return _shape_of(config, path)
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Each feature that the config uses and this package does not have."""
-    rope = config.get("rope_parameters") or {}
-    refusals = {
-        f"architectures {config.get('architectures')}": config.get("architectures") not in (None, ["Qwen2ForCausalLM"]),
-        f"hidden_act {config.get('hidden_act')!r} (only 'silu')": config.get("hidden_act", "silu") != "silu",
-        f"rope_scaling {config.get('rope_scaling')}": config.get("rope_scaling") is not None,
-        f"rope_parameters {rope} (only rope_type 'default')": rope.get("rope_type", "default") != "default",
-        "sliding-window attention (use_sliding_window, layer_types)": bool(config.get("use_sliding_window"))
-        or "sliding_attention" in (config.get("layer_types") or ()),
-        "quantization_config": config.get("quantization_config") is not None,
-        f"attention_dropout {config.get('attention_dropout')}": config.get("attention_dropout", 0.0) != 0.0,
-    }
-    return [feature for feature, used in refusals.items() if used]
-
-
-def _shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
-    if config.get("rope_theta") is None:  # transformers 5 keeps it in rope_parameters
-        config = {**config, "rope_theta": (config.get("rope_parameters") or {}).get("rope_theta")}
+def _check_fields(config: Mapping[str, Any], path: Path) -> None:
     missing = [name for name in REQUIRED if config.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
@@ -110,6 +97,51 @@ def _shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
         if type(config[name]) not in kinds or config[name] <= 0:
             raise ValueError(f"{path}: {name} must be a positive {kinds[-1].__name__}, not {config[name]!r}")
 
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Each feature that the config uses and this package does not have."""
+    refusals = {
+        f"architectures {config.get('architectures')}": config.get("architectures") not in (None, ["Qwen2ForCausalLM"]),
+        f"hidden_act {config.get('hidden_act')!r} (only 'silu')": config.get("hidden_act", "silu") != "silu",
+        "quantization_config": config.get("quantization_config") is not None,
+        f"attention_dropout {config.get('attention_dropout')}": config.get("attention_dropout", 0.0) != 0.0,
+        # vLLM would read it and the trainer not: the 1M-token models have it.
+        "dual_chunk_attention_config (delete it to train on contexts of up to its original_max_position_embeddings)": (
+            config.get("dual_chunk_attention_config") is not None
+        ),
+    }
+    return [feature for feature, used in refusals.items() if used]
+
+
+def _sliding_window(config: Mapping[str, Any]) -> list[str]:
+    """What keeps a layer from attending to its whole context. Qwen2.5 names a window and uses none.
+
+    As in transformers' Qwen2Config: without `use_sliding_window` there is no window, and with it the layers from
+    `max_window_layers` on slide, unless `layer_types` says which.
+    """
+    layers, context = config["num_hidden_layers"], config["max_position_embeddings"]
+    used, types = config.get("use_sliding_window", False), config.get("layer_types")
+    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+    for name, value, kind in (("use_sliding_window", used, bool), ("max_window_layers", first, int)):
+        if type(value) is not kind:
+            return [f"{name} {value!r} (of type {kind.__name__})"]
+    if types is None:
+        slides = used and window is not None
+        types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(layers)]
+    if not isinstance(types, list) or set(types) - {"full_attention", "sliding_attention"}:
+        return [f"layer_types {types!r}"]
+    sliding = types.count("sliding_attention")
+    if sliding == 0:
+        return []
+    if used and sliding == len(types) and type(window) is int and window >= context:
+        return []  # the window reaches over all of the context
+    return [
+        f"sliding-window attention, {window} tokens on {sliding} of {layers} layers: set use_sliding_window to false, "
+        f"and delete layer_types, for full attention, which is the same on shorter texts"
+    ]
+
+
+def _shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
     hidden_size, heads, kv_heads = (config[name] for name in ("hidden_size", *HEADS))
     if heads % kv_heads:
         raise ValueError(f"{path}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
@@ -121,4 +153,5 @@ def _shape_of(config: Mapping[str, Any], path: Path) -> ModelShape:
         padded_vocab_size=config["vocab_size"],
         head_dim=head_dim,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        yarn=read_yarn(config),
     )

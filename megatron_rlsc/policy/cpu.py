@@ -26,6 +26,7 @@ ACCELERATOR_MODULES = (
     "dist_checkpointing.strategies.state_dict_saver",
     "models.common.embeddings.rope_utils",
     "models.common.embeddings.rotary_pos_embedding",
+    "models.common.embeddings.yarn_rotary_pos_embedding",
     "optimizer.clip_grads",
     "optimizer.distrib_optimizer",
     "optimizer.optimizer",
@@ -195,6 +196,8 @@ def install() -> None:
     _without_cuda_moves(
         _core("models.common.language_module.language_module").LanguageModule, "setup_embeddings_and_output_layer"
     )
+    # Under CP, YaRN's cache of positions (never read on packed sequences) is cut by an index on CUDA.
+    _without_cuda_moves(_core("models.common.embeddings.yarn_rotary_pos_embedding"), "get_pos_emb_on_this_cp_rank")
     # distrib_optimizer.py gathers a checkpoint's shards through CUDA buffers.
     _without_cuda_moves(distributed.DistributedOptimizer, "get_parameter_state_dp_zero")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from megatron_rlsc.policy.attention import PackedAttention
 from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
 from megatron_rlsc.policy.norm import RMSNorm
 from megatron_rlsc.policy.parallel import Parallel
+from megatron_rlsc.policy.yarn import YarnTransformerConfig, yarn_fields
 from megatron_rlsc.types import MicroBatch
 
 
@@ -112,7 +114,7 @@ def build_model(
             pre_process=parallel.is_first_stage and chunk == 0,
             post_process=parallel.is_last_stage and chunk == last,
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if shape.yarn is None else "yarn",
             rotary_base=shape.rope_theta,
             vp_stage=chunk if parallel.vpp_size > 1 else None,
             temperature=temperature,
@@ -138,7 +140,8 @@ def _transformer_config(
 ) -> TransformerConfig:
     on_cpu = parallel.device.type != "cuda"
     interleaved = parallel.vpp_size > 1
-    return TransformerConfig(
+    config = TransformerConfig if shape.yarn is None else partial(YarnTransformerConfig, **yarn_fields(shape.yarn))
+    return config(
         # The architecture
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -188,6 +191,6 @@ def _transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # on packed sequences it leaves YaRN's attention factor out, in silence
         persist_layer_norm=not on_cpu,
     )
