@@ -71,7 +71,9 @@ def stop_token_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:
 
     The first of them ends a response and is its last token. Raises ValueError where there is none.
     """
-    stops = {*_configured_stops(folder / GENERATION_CONFIG), tokenizer.eos_token_id} - {None}
+    stops = set(_configured_stops(folder / GENERATION_CONFIG))
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
     if not stops:
         raise ValueError(f"{folder} names no end of sequence, in its tokenizer nor in {GENERATION_CONFIG}")
     return tuple(sorted(stops))
