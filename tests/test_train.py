@@ -6,6 +6,7 @@ Not covered: GPUs, several nodes, and that accuracy rises (examples/run_rlsc_tin
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,7 @@ from megatron_rlsc.journal import Journal
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.types import Sample
 
+ROOT = Path(__file__).parents[1]
 STEPS = 3
 TINY = (
     "--prompt-template={problem}=",
@@ -143,6 +145,29 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_mode
     straight, resumed = (load_file(path / "hf" / "model.safetensors") for path in (run.folder, folder))
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_weights_that_are_not_finite_end_every_rank(base_model: Path, tmp_path: Path) -> None:
+    """At PP 2 the second rank alone reads them; the first says so. A conversion of them leaves nothing."""
+    broken, name = tmp_path / "broken", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(base_model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][3, 5] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    told = f"1 of the {len(tensors)} tensors of the HF model hold NaN or infinity"
+
+    journal, output = ROOT / "tests/golden/journal", tmp_path / "run"
+    flags = (f"--load={broken}", f"--replay-rollouts={journal}", f"--output-dir={output}")
+    done = rlsc(*flags, "--pipeline-model-parallel-size=2", check=False)
+    assert done.returncode != 0
+    assert f"rlsc: error: {told}" in done.stderr and f"them: {name}. Copy" in done.stderr
+    assert not (output / "metrics.jsonl").exists()
+
+    convert = [sys.executable, ROOT / "tools/convert_hf.py", "to-megatron", "--hf-dir", broken]
+    done = subprocess.run([*convert, "--megatron-dir", tmp_path / "out"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"convert_hf: error: {told}" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"broken", "run"}
 
 
 class ForgetfulSampler:

@@ -16,7 +16,7 @@ from megatron_rlsc.conversion.shape import ModelShape, read_shape
 from megatron_rlsc.policy.checkpoint import check_metadata, load_checkpoint, save_checkpoint
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.parallel import Parallel, init_parallel
-from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
+from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,7 +25,7 @@ def hf_to_megatron(hf_dir: Path, megatron_dir: Path, *, dtype: torch.dtype | Non
     """Writes the weights as `megatron_dir/release`, with HF's config and tokenizer in `megatron_dir/hf`.
 
     Any TP x PP x DP loads it. `dtype` None keeps the one that the HF weights have. Nothing appears before it is whole.
-    Raises ValueError where the source is no sound Qwen2 model, or the target is in use.
+    Raises ValueError where the source is no sound Qwen2 model of finite weights, or the target is in use.
     """
     weights = open_weights(hf_dir)
     dtype = dtype or weights.tensor(EMBEDDING.hf[0]).dtype
@@ -38,12 +38,14 @@ def hf_to_megatron(hf_dir: Path, megatron_dir: Path, *, dtype: torch.dtype | Non
 
 def megatron_to_hf(megatron_dir: Path, hf_dir: Path, *, reference_dir: Path | None = None, overwrite: bool) -> None:
     """Writes a checkpoint's newest weights as an HF folder, in their dtype; config and tokenizer come from
-    `reference_dir`, by default those that the checkpoint carries."""
+    `reference_dir`, by default those that the checkpoint carries. Raises ValueError where it is no sound checkpoint of
+    finite weights, or the target is in use."""
     if not is_megatron_checkpoint(megatron_dir):
         raise ValueError(f"{megatron_dir} is no Megatron checkpoint: it names no newest step")
     path, reference_dir = latest_checkpoint(megatron_dir), reference_dir or hf_config_dir(megatron_dir)
     chunks, shape, parallel = _build_whole_model(read_shape(reference_dir), _saved_dtype(path))
     load_checkpoint(path, chunks=chunks)
+    require_finite(chunks, path, shape=shape, spec="local", parallel=parallel)
     weights = iter_hf_weights(chunks, shape=shape, spec="local", parallel=parallel)
     write_hf(hf_dir, weights, reference_dir=reference_dir, overwrite=overwrite)
 

@@ -21,7 +21,7 @@ from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model, choose_spec
 from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
-from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
+from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
 from megatron_rlsc.types import MicroBatch, ResponseScores
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -102,9 +102,11 @@ class Policy:
         self.optimizer.reload_model_params()  # float32 master weights, where the model is in bfloat16
 
     def load(self, folder: Path) -> None:
-        """Takes the weights of an HF model folder or of a Megatron checkpoint's newest step."""
+        """Takes the weights of an HF model folder or of a Megatron checkpoint's newest step, all finite."""
         if is_megatron_checkpoint(folder):
-            load_checkpoint(latest_checkpoint(folder), chunks=self.chunks)
+            path = latest_checkpoint(folder)
+            load_checkpoint(path, chunks=self.chunks)
+            self._require_finite(path)
             self.optimizer.reload_model_params()
         else:
             self.load_hf_weights(open_weights(folder).tensor)
@@ -122,7 +124,11 @@ class Policy:
         step = load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, schedule=self.schedule)
         if step is None:
             raise ValueError(f"{path} is a converted model, not a step of a run: --load it instead of resuming")
+        self._require_finite(path)
         return step
+
+    def _require_finite(self, path: Path) -> None:
+        require_finite(self.chunks, path, shape=self.shape, spec=self.spec, parallel=self.parallel)
 
     def iter_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) on rank 0, in HF's order; nothing elsewhere, but every rank must exhaust it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.parallel import Parallel
 
 LAYERS = "decoder.layers."
+SHOWN = 5
+"""Of many bad tensors, those that an error names."""
 
 
 def load_hf_weights(
@@ -25,20 +28,58 @@ def load_hf_weights(
     spec: Spec,
     parallel: Parallel,
 ) -> None:
-    """Fills this rank's stage and shards. `read` returns a whole HF tensor by name."""
+    """Fills this rank's stage and shards. `read` returns a whole HF tensor by name.
+
+    A collective: where any rank has read NaN or infinity, all raise ValueError with the names.
+    """
     params = [dict(chunk.named_parameters()) for chunk in chunks]
     rules = rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec)
     if shape.tie_word_embeddings and parallel.pp_size > 1:
         # The last stage of a tied model holds a copy of the embedding, far from the first stage's own.
         rules.append(replace(EMBEDDING, megatron=OUTPUT.megatron))
+    bad: set[str] = set()
     for rule in rules:
         stage, chunk, name = _locate(rule.megatron, shape, parallel)
         if stage == parallel.pp_rank:
             tensors = [read(hf_name) for hf_name in rule.hf]
+            bad |= {hf_name for hf_name, tensor in zip(rule.hf, tensors) if not _is_finite(tensor)}
             part = shard(rule.layout, tensors, shape, tp_rank=parallel.tp_rank, tp_size=parallel.tp_size)
             with torch.no_grad():
                 params[chunk].pop(name).copy_(part)
     assert not any(params), f"the table has no row for {[name for chunk in params for name in chunk]}"
+    _agree_on_finite(bad, list(shape.hf_tensors()), "the HF model", parallel)
+
+
+def require_finite(
+    chunks: Sequence[torch.nn.Module], source: Path, *, shape: ModelShape, spec: Spec, parallel: Parallel
+) -> None:
+    """Where any rank's parameters, as loaded from the checkpoint `source`, hold NaN or infinity, all raise ValueError
+    with their names. A collective."""
+    params = [dict(chunk.named_parameters()) for chunk in chunks]
+    rules = rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec)
+    bad: set[str] = set()
+    for rule in rules:
+        stage, chunk, name = _locate(rule.megatron, shape, parallel)
+        if stage == parallel.pp_rank and not _is_finite(params[chunk][name].detach()):
+            bad.add(rule.megatron)
+    _agree_on_finite(bad, [rule.megatron for rule in rules], str(source), parallel)
+
+
+def _agree_on_finite(bad: Collection[str], names: Sequence[str], source: str, parallel: Parallel) -> None:
+    """Raises ValueError on every rank alike where any of them found a bad tensor."""
+    flags = torch.tensor([name in bad for name in names], dtype=torch.int64, device=parallel.device)
+    found = [name for name, count in zip(names, parallel.sum(flags).tolist()) if count]
+    if found:
+        shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+        raise ValueError(
+            f"{len(found)} of the {len(names)} tensors of {source} hold NaN or infinity, and no training would mend "
+            f"them: {shown}. Copy or download the model again, or take an earlier checkpoint"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """The sum first: it is finite in nearly every case, and needs no second tensor of this size."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 @torch.no_grad()
