@@ -1,7 +1,7 @@
-"""What makes megatron-core 0.16 train without CUDA: every patch of it, each with its reason.
+"""What makes megatron-core 0.16 train without CUDA, or without Transformer Engine: every patch of it, with its reason.
 
-`install()` does nothing where CUDA is. It never touches torch itself: the modules listed below get a `torch` of their
-own, in which the accelerator is the CPU.
+Where CUDA is, `install()` touches the optimizer alone, and that only where Transformer Engine has brought none. It
+never touches torch itself: the modules listed below get a `torch` of their own, in which the accelerator is the CPU.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         **_: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # Transformer Engine's reads it from the group at every step, and takes the groups of a checkpoint as they are.
+        super().__init__(params, defaults | {"bias_correction": True})
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
@@ -170,7 +172,14 @@ def _core(name: str) -> Any:
 
 @functools.cache
 def install() -> None:
-    """Patches megatron-core for gloo and CPU tensors, once; returns at once where CUDA is available."""
+    """Patches megatron-core once: for gloo and CPU tensors where there is no CUDA, and for torch's own AdamW."""
+    optimizer, distributed = _core("optimizer"), _core("optimizer.distrib_optimizer")
+    if optimizer.USING_PYTORCH_OPTIMIZER or not torch.cuda.is_available():
+        # Without apex and TE megatron takes torch's AdamW, whose checkpoints the distributed optimizer refuses; without
+        # CUDA theirs has no kernel.
+        optimizer.Adam = distributed.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
     if torch.cuda.is_available():
         return
     # Advice for CUDA streams, given on every rank.
@@ -186,9 +195,8 @@ def install() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
     # Optimizers and clipping sort parameters by the name of their tensor type.
-    optimizer, distributed = _core("optimizer.optimizer"), _core("optimizer.distrib_optimizer")
     _name_cpu_types(_core("optimizer.clip_grads").clip_grad_by_total_norm_fp32)
-    _name_cpu_types(optimizer.Float16OptimizerWithFloat16Params.__init__)
+    _name_cpu_types(_core("optimizer.optimizer").Float16OptimizerWithFloat16Params.__init__)
     _name_cpu_types(distributed.DistributedOptimizer.__init__)
     _name_cpu_types(distributed.DistributedOptimizer._build_model_and_main_param_groups.__func__)
 
@@ -200,8 +208,3 @@ def install() -> None:
     _without_cuda_moves(_core("models.common.embeddings.yarn_rotary_pos_embedding"), "get_pos_emb_on_this_cp_rank")
     # distrib_optimizer.py gathers a checkpoint's shards through CUDA buffers.
     _without_cuda_moves(distributed.DistributedOptimizer, "get_parameter_state_dp_zero")
-
-    # Without apex and TE megatron takes torch's AdamW, whose checkpoints the distributed optimizer refuses.
-    _core("optimizer").Adam = distributed.Adam = FusedAdam
-    _core("optimizer").USING_PYTORCH_OPTIMIZER = False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
