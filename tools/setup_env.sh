@@ -51,6 +51,10 @@ make_trainer() {
     # By this plain line and before all else: a build of torch that the machine offers is taken, and stays.
     stage $venv "torch" $venv/bin/pip install torch==2.13.0
     stage $venv "megatron_rlsc and what it needs" $venv/bin/pip install -e '.[eval,dev]'
+    # For tests/policy/test_transformer_engine.py: its Python without the CUDA extension, and so beside site-packages,
+    # where megatron-core would find half of it and break.
+    stage $venv "Transformer Engine's names" \
+        $venv/bin/pip install --no-deps --upgrade --target $venv/te-python transformer-engine==2.11.0
     finish $venv
 }
 

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -23,6 +24,11 @@ from megatron_rlsc.policy.parallel import Parallel
 
 # Optimizer shards that any TP x PP x DP can load again.
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+# Transformer Engine's modules have an `_extra_state` each (FP8 scales, or nothing), and megatron-core's own linears
+# write an empty one in their place. A local final norm writes none, and without it megatron-core would not load the
+# checkpoint into a Transformer Engine model.
+FINAL_NORM = "decoder.final_layernorm"
 
 # All that torch.distributed.checkpoint and Megatron pickle into `.metadata`, and dtypes. Whole names, never modules: a
 # pickle reaches `os.system` through any module that imports os.
@@ -156,6 +162,10 @@ def _state(
     if optimizer is not None and schedule is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = schedule.state_dict()
+    for parts in weights.values():
+        if f"{FINAL_NORM}.weight" in parts:
+            empty = make_sharded_object_for_checkpoint(None, f"{FINAL_NORM}._extra_state")
+            parts.setdefault(empty.key, empty)
     return state
 
 

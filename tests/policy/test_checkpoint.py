@@ -1,7 +1,8 @@
 """Checkpoints: saved on one layout and continued on another; unfinished, foreign and hostile ones refused.
 
 Not covered: a tensor that only some ranks lack (they alone raise, and torchrun ends the others), bfloat16, Transformer
-Engine's names, asynchronous saves, checkpoints of Megatron-LM itself, and two runs that write to one folder at a time.
+Engine (test_transformer_engine.py), asynchronous saves, checkpoints of Megatron-LM itself, and two runs that write to
+one folder at a time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """HF weights into a layout's shards and out again, bit for bit; NaN and infinity refused on every rank.
 
-Not covered: reading and writing HF folders (tests/conversion), bfloat16, and Transformer Engine's names.
+Not covered: reading and writing HF folders (tests/conversion), bfloat16, and Transformer Engine's names
+(test_transformer_engine.py).
 """
 
 from __future__ import annotations

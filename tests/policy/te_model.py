@@ -1,0 +1,178 @@
+"""What a rank does with a model under either layer spec: run by faked_te.call, Transformer Engine being there.
+
+Answers are plain types: a process without Transformer Engine reads them, and cannot import this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faked_te
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
+from torch import Tensor
+from transformer_engine.pytorch.optimizers import fused_adam
+
+from megatron_rlsc.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rlsc.conversion.rules import Spec
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy import cpu
+from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rlsc.policy.convert import hf_to_megatron
+from megatron_rlsc.policy.model import LogprobGPTModel, build_model
+from megatron_rlsc.policy.optimizer import build_optimizer, wrap_model
+from megatron_rlsc.policy.parallel import Parallel, init_parallel
+from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
+
+State = dict[str, Tensor]
+
+# Kernels of Transformer Engine's; these are what megatron-core takes without it.
+clip_grads.multi_tensor_applier, clip_grads.l2_norm_impl = local_multi_tensor_applier, local_multi_tensor_l2_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A rank's stage and shards, in bfloat16."""
+
+    chunks: list[LogprobGPTModel]
+    shape: ModelShape
+    spec: Spec
+    layout: ParallelConfig
+    parallel: Parallel
+
+    def fill(self, state: State, attribute: str = "data") -> None:
+        """By HF name: the weights, or what each parameter has under that attribute, in the weight's shape."""
+        target = [Attributes(chunk, attribute) for chunk in self.chunks]
+        load_hf_weights(target, state.__getitem__, shape=self.shape, spec=self.spec, parallel=self.parallel)
+
+    def hf(self, attribute: str = "data") -> State:
+        """The same, on rank 0."""
+        source = [Attributes(chunk, attribute) for chunk in self.chunks]
+        whole = iter_hf_weights(source, shape=self.shape, spec=self.spec, parallel=self.parallel)
+        return {name: tensor.clone() for name, tensor in whole}
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Stands where a model stands for load_hf_weights and iter_hf_weights."""
+
+    module: torch.nn.Module
+    name: str
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, getattr(parameter, self.name)
+
+
+def build(spec: Spec, shape: ModelShape, layout: ParallelConfig) -> Model:
+    parallel = init_parallel(layout, seed=1)
+    settings = ModelConfig(bf16=True)
+    shape = shape.padded_to(settings.make_vocab_size_divisible_by * parallel.tp_size)
+    with faked_te.pretended_gpu() if spec == "transformer_engine" else contextlib.nullcontext():
+        chunks = build_model(shape, model=settings, spec=spec, layout=layout, parallel=parallel, temperature=1.0)
+    return Model(chunks=chunks, shape=shape, spec=spec, layout=layout, parallel=parallel)
+
+
+def versions() -> tuple[str, list[str], list[str]]:
+    """Transformer Engine's, and what its FusedAdam and ours keep in a parameter group."""
+    import transformer_engine
+
+    fused_adam.torch = cpu._CpuTorch("torch")  # it makes a buffer on CUDA
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs, ours = (sorted(kind([weight]).param_groups[0]) for kind in (fused_adam.FusedAdam, cpu.FusedAdam))
+    return transformer_engine.__version__, theirs, ours
+
+
+def parameters(
+    spec: Spec, shape: ModelShape, layout: ParallelConfig
+) -> tuple[tuple[int, int], dict[str, tuple[tuple[int, ...], int | None]], set[torch.dtype]]:
+    """This rank's place, (tp, pp); of each parameter, behind its chunk's number, its shape and the dimension that TP
+    ranks share out; all dtypes."""
+    model = build(spec, shape, layout)
+    named = {f"{i}.{name}": tensor for i, chunk in enumerate(model.chunks) for name, tensor in chunk.named_parameters()}
+    shapes = {
+        name: (
+            tuple(parameter.shape),
+            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+        )
+        for name, parameter in named.items()
+    }
+    return (model.parallel.tp_rank, model.parallel.pp_rank), shapes, {parameter.dtype for parameter in named.values()}
+
+
+def there_and_back(shape: ModelShape, layout: ParallelConfig, state: State) -> State:
+    """HF weights through a Transformer Engine model."""
+    model = build("transformer_engine", shape, layout)
+    model.fill(state)
+    return model.hf()
+
+
+def entries(spec: Spec, shape: ModelShape, layout: ParallelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What this rank would have in a checkpoint: global shapes of tensors, and of objects, by key."""
+    tensors, objects = {}, {}
+    chunks = build(spec, shape, layout).chunks
+    for item in (item for chunk in chunks for item in chunk.sharded_state_dict(metadata={}).values()):
+        for part in item.build() if isinstance(item, ShardedTensorFactory) else [item]:
+            (objects if isinstance(part, ShardedObject) else tensors)[part.key] = tuple(part.global_shape)
+    return tensors, objects
+
+
+def save(spec: Spec, shape: ModelShape, layout: ParallelConfig, state: State, folder: Path) -> None:
+    model = build(spec, shape, layout)
+    model.fill(state)
+    save_checkpoint(folder, None, chunks=model.chunks, parallel=model.parallel)
+
+
+def convert(hf_dir: Path, folder: Path) -> None:
+    hf_to_megatron(hf_dir, folder, dtype=torch.bfloat16, overwrite=False)
+
+
+def load(spec: Spec, shape: ModelShape, layout: ParallelConfig, path: Path) -> State:
+    """By our loader."""
+    model = build(spec, shape, layout)
+    load_checkpoint(path, chunks=model.chunks)
+    return model.hf()
+
+
+def load_as_megatron_does(spec: Spec, shape: ModelShape, layout: ParallelConfig, path: Path) -> State:
+    """By megatron-core alone, nothing said of strictness."""
+    model = build(spec, shape, layout)
+    names = ["model"] if len(model.chunks) == 1 else [f"model{i}" for i in range(len(model.chunks))]
+    sharded = {name: chunk.sharded_state_dict(metadata={}) for name, chunk in zip(names, model.chunks, strict=True)}
+    loaded = dist_checkpointing.load(sharded, str(path))
+    for name, chunk in zip(names, model.chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    return model.hf()
+
+
+def train(
+    spec: Spec, shape: ModelShape, layout: ParallelConfig, folder: Path, state: State | None, gradient: State
+) -> tuple[State, State, State]:
+    """One update with a gradient given by HF name, from `state` or from the newest checkpoint; then a checkpoint.
+
+    Returns the model's weights, its float32 ones, and what the update was made from.
+    """
+    model = build(spec, shape, layout)
+    if state is not None:
+        model.fill(state)
+    sharded = layout.use_distributed_optimizer
+    ddp = wrap_model(model.chunks, layout)
+    settings = OptimizerConfig(lr=1e-2, adam_eps=1e-5, clip_grad=0.0)
+    optimizer, schedule = build_optimizer(ddp, settings, updates=4, use_distributed_optimizer=sharded)
+    checkpoint = {"chunks": model.chunks, "optimizer": optimizer, "schedule": schedule}
+    step = 0
+    if state is None:
+        step = load_checkpoint(folder / "iter_0000001", **checkpoint) or 0
+    before = model.hf()
+    model.fill(gradient, "main_grad")
+    optimizer.step()
+    schedule.step(increment=1)
+    save_checkpoint(folder, step + 1, parallel=model.parallel, **checkpoint)
+    return model.hf(), {} if sharded else model.hf("main_param"), before
