@@ -6,16 +6,14 @@ python benchmarks/tiny.py --sidecar-python .venv-sidecar/bin/python
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import tyro
+from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -65,21 +63,12 @@ def measure(name: str, flags: list[str], sidecar_python: Path) -> str:
 
 def page(rows: list[str]) -> str:
     """The table with where and when it was made."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown CPU",
-    )
     return (
         "# The newcomer's run\n\n"
         "Made by `python benchmarks/tiny.py`, which runs `examples/run_rlsc_tiny.sh` once a row: 20 steps of 32 "
         "questions x 16 responses, no label. Accuracy in percent on 500 held-out problems, base -> trained. "
         "Difference: the largest of a token's log-probability between vLLM and the trainer, over all steps.\n\n"
-        f"{date.today()}, {os.cpu_count()} cores of {model}, torch {version('torch')}, megatron-core "
-        f"{version('megatron-core')}. The minutes are from the first command to the table, environments ready.\n\n"
+        f"{describe('torch', 'megatron-core')}. Minutes: from the command to the table, environments ready.\n\n"
         "| run | greedy | sampled at T=0.5 | steps | difference | seconds a step: rollout / train / sync | minutes |\n"
         "|---|---|---|---|---|---|---|\n" + "".join(rows)
     )
