@@ -1,7 +1,7 @@
 """vLLM's OpenAI server as a rollout sidecar: `python -m megatron_rlsc.rollout.serve --model DIR [vLLM's own flags]`.
 
 Runs in the sidecar's environment, with the key in RLSC_ROLLOUT_KEY. Adds what must always hold to vLLM's flags, and
-nothing else: the model folder needs only config.json and a tokenizer, since the first push brings the weights.
+nothing else: the model folder needs only config.json, since the first push brings the weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ DEFAULTS = ["--host", "127.0.0.1"]
 ALWAYS = [
     *("--served-model-name", SERVED_MODEL_NAME),
     *("--load-format", "dummy"),
+    # Token ids go in and come out: a folder may have a tokenizer that vLLM does not know (tokenizer.model alone).
+    "--skip-tokenizer-init",
     # A model folder's own top-k, top-p and penalties would bend the distribution that responses are drawn from.
     *("--generation-config", "vllm"),
     # log_softmax(logits / temperature), the distribution sampled from; vLLM's default leaves the temperature out.

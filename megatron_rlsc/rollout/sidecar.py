@@ -59,7 +59,7 @@ class Sidecar:
         """
         Args:
             python: of the environment that has vLLM.
-            model_dir: HF folder with config.json and the tokenizer; weights in it are not read.
+            model_dir: HF folder with config.json; weights and tokenizer in it are not read.
             dtype: of vLLM's weights; a push must have the same.
             max_model_len: tokens of the longest prompt and response together.
             seed: vLLM's own; each request brings its own as well.

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.types import Prompt, Sample
@@ -20,7 +18,7 @@ MAX_MODEL_LEN = 320
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """A random HF Qwen2 and the folder that a sidecar serves it from: config and tokenizer, no weights."""
+    """A random HF Qwen2 and the folder that a sidecar serves it from: config alone."""
 
     model: Qwen2ForCausalLM
     folder: Path
@@ -73,8 +71,6 @@ def build_tiny(folder: Path, *, tied: bool) -> TinyModel:
     config.eos_token_id = eos
     config.save_pretrained(folder)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}, "top_k": 1, "repetition_penalty": 2.0}}')
-    vocabulary = {f"t{index}": index for index in range(VOCAB_SIZE)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="t0"))).save_pretrained(folder)
     return tiny
 
 
@@ -97,7 +93,7 @@ def build_client(
         max_response_length=24,
         stop_token_ids=stop_token_ids,
         seed=seed,
-        timeout=60,
+        timeout=300,
     )
     client.connect(longest_prompt=max(len(prompt.token_ids) for prompt in PROMPTS))
     return client
