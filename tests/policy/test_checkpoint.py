@@ -13,6 +13,7 @@ import resource
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def save_seven(world: World, layout: Layout, expected: Truth, folder: Path, step
     world.run(layout.ranks, update_and_save, *arguments)
 
 
-def distributed(**sizes: int) -> Layout:
+def distributed(**sizes: Any) -> Layout:
     return Layout(**sizes, distributed_optimizer=True)
 
 
@@ -90,6 +91,12 @@ def distributed(**sizes: int) -> Layout:
         (distributed(dp=2), distributed(dp=2)),
         (distributed(dp=2), distributed(tp=2, dp=2)),
         (distributed(pp=2, dp=2), distributed(dp=2)),
+        (PP2, Layout(pp=2, vpp=2)),
+        (Layout(pp=2, vpp=2), TP2),
+        (Layout(tp=2, sequence_parallel=True), Layout(cp=2)),
+        (Layout(pp=2, cp=2), Layout(tp=2, pp=2, vpp=2, sequence_parallel=True)),
+        (distributed(dp=2, overlap=True), distributed(pp=2, vpp=2, dp=2)),
+        (distributed(pp=2, vpp=2, dp=2, overlap=True), distributed(cp=2, dp=2)),
     ],
     ids=lambda layout: str(layout),
 )

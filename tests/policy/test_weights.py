@@ -34,6 +34,10 @@ def there_and_back(layout: Layout, shape: ModelShape, state: dict[str, Tensor]) 
         Layout(tp=2, pp=2),
         Layout(tp=2, dp=2),
         Layout(pp=2, dp=2),
+        Layout(pp=2, vpp=2),
+        Layout(tp=2, pp=2, vpp=2),
+        Layout(pp=2, cp=2),
+        Layout(dp=2, distributed_optimizer=True, overlap=True),
     ],
     ids=str,
 )
