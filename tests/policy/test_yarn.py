@@ -1,6 +1,6 @@
 """Log-probabilities and gradient under YaRN are transformers', past the original context too.
 
-Not covered: that vLLM computes the same (the loop compares every sample with it), and Transformer Engine.
+vLLM's are in tests/rollout. Not covered: Transformer Engine.
 """
 
 from __future__ import annotations

@@ -49,7 +49,10 @@ class TinyModel:
         return worst
 
 
-def build_tiny(folder: Path, *, tied: bool) -> TinyModel:
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": MAX_MODEL_LEN // 4}
+
+
+def build_tiny(folder: Path, *, tied: bool, rope_parameters: dict[str, object] | None = None) -> TinyModel:
     # initializer_range 0.3: sharp enough that wrong weights show by whole nats. eos is what the model says first to
     # PROMPTS[0], so that a sidecar that minds its own eos is caught.
     torch.manual_seed(7)
@@ -65,6 +68,7 @@ def build_tiny(folder: Path, *, tied: bool) -> TinyModel:
         max_position_embeddings=MAX_MODEL_LEN,
         initializer_range=0.3,
         tie_word_embeddings=tied,
+        rope_parameters=rope_parameters or {"rope_type": "default", "rope_theta": 1e4},
     )
     tiny = TinyModel(model=Qwen2ForCausalLM(config).float().eval(), folder=folder)
     eos = int(tiny.logprobs(PROMPTS[0].token_ids)[-1].argmax())

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from served_tiny import MAX_MODEL_LEN, PROMPTS, TinyModel, build_client, build_tiny
+from served_tiny import MAX_MODEL_LEN, PROMPTS, YARN, TinyModel, build_client, build_tiny
 
 from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
 from megatron_rlsc.rollout.weight_sync import WeightSync
@@ -97,8 +97,8 @@ time.sleep(300)
 
 
 def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: Path) -> None:
-    """The trainer is another process, its model is untied, and it is killed with responses in flight."""
-    tiny = build_tiny(tmp_path / "model", tied=False)
+    """The trainer is another process, its model is untied and has YaRN, and it is killed with responses in flight."""
+    tiny = build_tiny(tmp_path / "model", tied=False, rope_parameters=YARN)
     command = [sys.executable, "-c", TRAINER, sidecar_python, tiny.folder, tmp_path / "vllm.log", MAX_MODEL_LEN]
     trainer = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
