@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_rlsc.conversion.hf import copy_config_files, open_weights, write_hf
 
@@ -250,6 +250,27 @@ def test_the_config_names_the_dtype_and_nothing_else_changes(untied, tmp_path):
     (untied.hf_dir / "config.json").write_text(json.dumps(old))
     write_hf(tmp_path / "old", untied.state.items(), reference_dir=untied.hf_dir)
     assert json.loads((tmp_path / "old/config.json").read_text()) == {**old, "torch_dtype": "float32"}
+
+
+def test_what_a_model_says_of_itself_is_kept_as_it_is(tiny, tmp_path):
+    """Stop tokens, tied embeddings, YaRN, fields that mean nothing here; and every file of a tokenizer."""
+    config = json.loads((tiny.hf_dir / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, "original_max_position_embeddings": 16}
+    config |= {"rope_parameters": yarn, "eos_token_id": [3, 7], "use_mrope": False, "sliding_window": 99, "note": "é"}
+    texts = {
+        "config.json": json.dumps(config),
+        "generation_config.json": '{"eos_token_id": [3, 7], "top_p": 0.8,\n"repetition_penalty": 1.05}',
+        "tokenizer.model": "pieces",
+        "tokenizer_config.json": "{}",
+        "merges.txt": "a b",
+    }
+    for name, text in texts.items():
+        (tiny.hf_dir / name).write_text(text)
+    write_hf(tmp_path / "out", tiny.state.items(), reference_dir=tiny.hf_dir)
+    for name in texts:
+        assert (tmp_path / "out" / name).read_bytes() == (tiny.hf_dir / name).read_bytes(), name
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.repetition_penalty) == ([3, 7], 1.05)
 
 
 def drop(state):
