@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,17 +18,25 @@ PADDING = 0
 """A token like any other, behind a document's end: nothing attends to it and nothing is read off it."""
 
 
-def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int, multiple: int = 1) -> list[list[list[int]]]:
-    """Which samples go into which micro-batch of which replica.
+def plan_packs(
+    lengths: Sequence[int],
+    *,
+    dp_size: int,
+    max_tokens: int,
+    multiple: int = 1,
+    layout: Literal["packed", "padded"] = "packed",
+) -> list[list[list[int]]]:
+    """Which samples go into which micro-batch of which replica; every replica gets the same number of them.
 
-    Longest first, each into the emptiest of the packs that has room (LPT), with the least number of packs for which
-    that works out; every replica gets the same number of them.
+    Packed: longest first, each into the emptiest of the packs that has room (LPT), with the least number of packs for
+    which that works out. Padded: neighbours in length together, as each takes up as much as the longest of its pack.
 
     Args:
         lengths: [B] tokens of each sample, prompt and padding included.
         dp_size: data-parallel replicas.
         max_tokens: of one micro-batch.
         multiple: of which the micro-batches of a replica are.
+        layout: how the samples of a pack will lie.
 
     Returns:
         [dp_size][micro-batches] lists of sample ids; a list may be empty when there are fewer samples than packs.
@@ -41,27 +50,45 @@ def plan_packs(lengths: Sequence[int], *, dp_size: int, max_tokens: int, multipl
             f"a sample of {lengths[order[0]]} tokens does not fit a micro-batch of {max_tokens}: "
             f"raise --max-tokens-per-micro-batch"
         )
-    per_replica = _round_up(max(1, math.ceil(sum(lengths) / (max_tokens * dp_size))), multiple)
+    step = multiple * dp_size
+    packs = _fill_padded(order, lengths, max_tokens) if layout == "padded" else _fill(order, lengths, max_tokens, step)
+    packs += [[] for _ in range(_round_up(max(1, len(packs)), step) - len(packs))]
+    # Heaviest packs dealt back and forth over the replicas, so that their sums come out even.
+    packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
+    replicas: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    for row in range(len(packs) // dp_size):
+        dealt = packs[row * dp_size : (row + 1) * dp_size]
+        for replica, pack in zip(replicas, dealt if row % 2 == 0 else reversed(dealt), strict=True):
+            replica.append(pack)
+    return replicas
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], max_tokens: int, step: int) -> list[list[int]]:
+    """Packs whose sums fit `max_tokens`, a multiple of `step` of them."""
+    count = _round_up(max(1, math.ceil(sum(lengths) / max_tokens)), step)
     while True:
-        packs: list[list[int]] = [[] for _ in range(per_replica * dp_size)]
-        loads = [0] * len(packs)
+        packs: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
         for i in order:
-            emptiest = min(range(len(packs)), key=loads.__getitem__)
+            emptiest = min(range(count), key=loads.__getitem__)
             if loads[emptiest] + lengths[i] > max_tokens:
                 break
             packs[emptiest].append(i)
             loads[emptiest] += lengths[i]
         else:
-            break
-        per_replica += multiple
-    # Heaviest packs dealt back and forth over the replicas, so that their sums come out even.
-    packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
-    replicas: list[list[list[int]]] = [[] for _ in range(dp_size)]
-    for row in range(per_replica):
-        dealt = packs[row * dp_size : (row + 1) * dp_size]
-        for replica, pack in zip(replicas, dealt if row % 2 == 0 else reversed(dealt), strict=True):
-            replica.append(pack)
-    return replicas
+            return packs
+        count += step
+
+
+def _fill_padded(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Packs whose samples, each as long as the first, fit `max_tokens`."""
+    packs: list[list[int]] = []
+    for i in order:
+        if packs and (len(packs[-1]) + 1) * lengths[packs[-1][0]] <= max_tokens:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    return packs
 
 
 def build_micro_batch(
@@ -117,8 +144,18 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def pack(samples: Sequence[Sample], share: DataShare, *, max_tokens: int, device: torch.device) -> list[MicroBatch]:
+def pack(
+    samples: Sequence[Sample],
+    share: DataShare,
+    *,
+    max_tokens: int,
+    device: torch.device,
+    layout: Literal["packed", "padded"] = "packed",
+) -> list[MicroBatch]:
     """A rank's micro-batches of the global batch; where a pack would be empty, the shortest sample fills it.
+
+    Of the `padded` layout a micro-batch holds as many samples as have room when all are as long as its longest; it is
+    the model that pads them.
 
     Raises ValueError where a sample, padded as the layout asks, is longer than `max_tokens`.
     """
@@ -127,6 +164,7 @@ def pack(samples: Sequence[Sample], share: DataShare, *, max_tokens: int, device
         dp_size=share.dp_size,
         max_tokens=share.capacity(max_tokens),
         multiple=share.micro_batch_multiple,
+        layout=layout,
     )
     shortest = min(samples, key=lambda sample: sample.length)
     return [

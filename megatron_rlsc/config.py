@@ -29,6 +29,9 @@ class ModelConfig:
     """Compute in bfloat16 with float32 master weights (GPUs); otherwise float32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Megatron's layers: plain torch, or Transformer Engine; auto takes the latter where CUDA and TE are."""
+    sequence_layout: Literal["packed", "padded"] = "packed"
+    """A micro-batch's documents lie end to end, or are padded to the longest of them, for a GPU whose attention kernels
+    take no others (an A100 without flash-attn). Padding counts in max_tokens_per_micro_batch."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times TP; padding rows never take probability."""
     logprob_chunk_tokens: int = 1024
@@ -255,6 +258,13 @@ class Config:
     """How fast."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, and where it is written."""
+
+    def __post_init__(self) -> None:
+        cp = self.parallel.context_parallel_size
+        _require(
+            self.model.sequence_layout == "packed" or cp == 1,
+            f"sequence_layout padded does not go with context parallelism (context_parallel_size {cp}): give up either",
+        )
 
 
 def load_recipe(path: Path) -> Config:

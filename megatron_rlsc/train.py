@@ -29,6 +29,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
     journal, timer = Journal(output / ROLLOUTS), Timer()
     alpha, scale = config.objective.alpha, config.objective.weight_scale
     updates, max_tokens = config.train.updates_per_rollout, config.train.max_tokens_per_micro_batch
+    layout = config.model.sequence_layout
     limit = config.rollout.difference_limit(bf16=config.model.bf16)
     version, pushes = sampler.push(policy.iter_hf_weights()), 1  # a broken path to the sampler fails here
 
@@ -40,7 +41,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
                 journal.write(step, samples)
 
         with timer.phase("train"):
-            batch = pack(samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device)
+            batch = pack(samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device, layout=layout)
             # The first update's own pass gives p_old: another is needed for a shift, or for updates after it alone.
             old = policy.score(batch, len(samples)).logprobs if updates > 1 or scale != "none" else None
             shift = 0.0 if old is None else weight_shift(old, alpha, scale)

@@ -16,6 +16,7 @@ from megatron_rlsc.batching import FILLER, build_micro_batch, pack, plan_packs
 from megatron_rlsc.types import DataShare, MicroBatch, Sample
 
 CPU = torch.device("cpu")
+MAX_TOKENS = 40
 
 
 def sample_of(prompt: str, response: str, logprobs: tuple[float, ...] | None = None) -> Sample:
@@ -81,6 +82,22 @@ def test_packs_are_dealt_back_and_forth_by_weight() -> None:
     assert plan_packs([8, 7, 6, 5], dp_size=2, max_tokens=8) == [[[0], [3]], [[1], [2]]]
 
 
+def test_padded_samples_lie_with_their_like() -> None:
+    """9 8 3 2 2 of 12 tokens each at most: 9; 8; 3 x 3 (a fourth would make 12, and there is none). Three packs on two
+    replicas, and an empty one."""
+    plan = plan_packs([2, 9, 3, 8, 2], dp_size=2, max_tokens=12, layout="padded")
+    assert plan == [[[1], []], [[3], [2, 0, 4]]]
+
+
+@given(lengths=st.lists(st.integers(2, 36), min_size=1, max_size=60), dp_size=st.integers(1, 4))
+def test_every_sample_once_within_the_padded_capacity(lengths: list[int], dp_size: int) -> None:
+    plan = plan_packs(lengths, dp_size=dp_size, max_tokens=MAX_TOKENS, multiple=2, layout="padded")
+    assert len({len(packs) for packs in plan}) == 1 and len(plan[0]) % 2 == 0
+    packs = [pack for replica in plan for pack in replica]
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert all(len(pack) * max(lengths[i] for i in pack) <= MAX_TOKENS for pack in packs if pack)
+
+
 def test_fewer_samples_than_replicas_leave_packs_empty() -> None:
     assert plan_packs([3, 5], dp_size=4, max_tokens=8) == [[[1]], [[0]], [[]], [[]]]
 
@@ -130,9 +147,6 @@ def test_what_is_padded_to(cp_size: int, sp_size: int, document_multiple: int, p
     """Two chunks a CP rank for a document; of a pack, an equal part for each CP x SP rank as well."""
     share = DataShare(cp_size=cp_size, sp_size=sp_size)
     assert (share.document_multiple, share.pack_multiple) == (document_multiple, pack_multiple)
-
-
-MAX_TOKENS = 40
 
 
 @st.composite

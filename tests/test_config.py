@@ -143,6 +143,11 @@ def test_refused_values(section, values, message):
         section(**values)
 
 
+def test_padded_documents_are_not_shared_out():
+    with pytest.raises(ValueError, match=r"padded does not go with context parallelism \(context_parallel_size 2\)"):
+        Config(model=ModelConfig(sequence_layout="padded"), parallel=ParallelConfig(context_parallel_size=2))
+
+
 def test_every_field_has_its_help(capsys):
     """A docstring under each field is its `--help`; the flag is the field's name with dashes."""
     with pytest.raises(SystemExit):

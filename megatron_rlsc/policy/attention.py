@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, for the local layer spec: megatron's own refuses `thd`.
+"""Causal attention for the local layer spec, over packed documents, which megatron's own refuses, and padded ones.
 
 Documents are attended one by one, so that memory grows with the pack's length, not with its square; under context
 parallelism every rank gathers all keys and values. Transformer Engine's attention takes this place on GPUs.
@@ -49,9 +49,9 @@ class PackedAttention(torch.nn.Module):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attends within each document of the pack.
+        """Attends within each document: of a pack, or of a batch [s, d, ...] of padded ones.
 
         Args:
             query: [t, heads, head_dim], of this TP rank and this CP rank.
@@ -59,8 +59,10 @@ class PackedAttention(torch.nn.Module):
             packed_seq_params: cu_seqlens_q, [d + 1], says where documents begin in the whole pack.
 
         Returns:
-            [t, heads * head_dim]
+            [t, heads * head_dim], or [s, d, heads * head_dim]
         """
+        if packed_seq_params is None:
+            return self._attend_padded(query, key, value)
         groups, cp_size = query.shape[1] // key.shape[1], self.cp_group.size()
         lengths = (packed_seq_params.cu_seqlens_q.diff() // cp_size).tolist()
         if cp_size > 1:  # [cp * t, ...], rank after rank
@@ -73,6 +75,17 @@ class PackedAttention(torch.nn.Module):
         documents = zip(q.split(lengths, dim=1), *(self._by_document(part, lengths) for part in (k, v)), strict=True)
         attended = [self._attend(*document) for document in documents]
         return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[s, d, heads, head_dim] -> [s, d, heads * head_dim]. A document's padding lies behind it, where no token of
+        it looks."""
+        assert self.cp_group.size() == 1, "padded documents are not shared out"
+        groups = query.shape[2] // key.shape[2]
+        q, k, v = (  # [d, heads, s, head_dim]
+            part.permute(1, 2, 0, 3) for part in (query, *(x.repeat_interleave(groups, dim=2) for x in (key, value)))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        return attended.permute(2, 0, 1, 3).flatten(2)
 
     def _by_document(self, gathered: Tensor, lengths: list[int]) -> list[Tensor]:
         """[heads, cp * t, head_dim], rank after rank, as documents in their own order."""

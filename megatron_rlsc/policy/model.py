@@ -34,18 +34,34 @@ from megatron_rlsc.types import MicroBatch
 class LogprobGPTModel(GPTModel):
     """GPTModel that takes a packed micro-batch, and on the last stage returns log-probabilities instead of logits.
 
-    Logits of a whole pack are never made: only response positions reach the output layer, and those in chunks.
+    Logits of a whole pack are never made: only response positions reach the output layer, and those in chunks. With
+    `pads` the documents are padded to one length within the model, and nothing outside it knows.
     """
 
-    def __init__(self, *args: Any, temperature: float, chunk_tokens: int, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        temperature: float,
+        chunk_tokens: int,
+        real_vocab_size: int,
+        pads: bool,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.pads = pads
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.real_vocab_size = real_vocab_size
 
     def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, [n] float32 each, at `temperature`; on a stage
-        before the last, the hidden states [t, 1, h]."""
+        before the last, the hidden states [t, 1, h], or [s, d, h] of padded documents."""
+        self._batch, self._positions = batch, batch.positions
+        if self.pads:
+            tokens, place = _pad(batch, self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+            self._positions = place[batch.positions]
+            # Padding stands behind its document, where a causal mask hides it.
+            return super().forward(tokens, torch.zeros_like(tokens), None)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -55,7 +71,6 @@ class LogprobGPTModel(GPTModel):
         )
         # Rotary positions come from cu_seqlens; GPTModel reads position_ids for learned embeddings alone.
         position_ids = torch.zeros_like(batch.tokens)[None]
-        self._batch = batch
         return super().forward(batch.tokens[None], position_ids, None, packed_seq_params=packed)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,7 +84,7 @@ class LogprobGPTModel(GPTModel):
             hook(self.output_layer, ())  # overlap_param_gather waits here; the layer's weight is read, not called
         tied = self.share_embeddings_and_output_weights
         return vocab_parallel_logprobs(
-            hidden_states[self._batch.positions, 0],
+            hidden_states.flatten(0, 1)[self._positions],
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             self._batch.targets,
             temperature=self.temperature,
@@ -77,6 +92,20 @@ class LogprobGPTModel(GPTModel):
             group=self.pg_collection.tp,
             chunk_tokens=self.chunk_tokens,
         )
+
+
+def _pad(batch: MicroBatch, multiple: int) -> tuple[Tensor, Tensor]:
+    """The d documents of a pack as [d, s], and where each of its t tokens then stands in [s * d], [t].
+
+    s is the longest one's length, up to a multiple: sequence parallelism cuts it into equal parts.
+    """
+    lengths, count = batch.cu_seqlens.diff(), len(batch.tokens)
+    device = batch.tokens.device
+    documents = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=count)
+    offsets = torch.arange(count, device=device) - batch.cu_seqlens[documents]
+    tokens = batch.tokens.new_zeros(len(lengths), -(-batch.max_seqlen // multiple) * multiple)
+    tokens[documents, offsets] = batch.tokens
+    return tokens, offsets * len(lengths) + documents
 
 
 def choose_spec(transformer_impl: Literal["auto", "local", "transformer_engine"]) -> Spec:
@@ -120,6 +149,7 @@ def build_model(
             temperature=temperature,
             chunk_tokens=model.logprob_chunk_tokens,
             real_vocab_size=shape.vocab_size,
+            pads=model.sequence_layout == "padded",
         ).to(parallel.device)
         for chunk in range(parallel.vpp_size)
     ]

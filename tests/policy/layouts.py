@@ -35,6 +35,8 @@ class Layout:
     distributed_optimizer: bool = False
     overlap: bool = False
     """Of gradients, and under a distributed optimizer of parameters."""
+    padded: bool = False
+    """Documents of a micro-batch padded to one length."""
     recompute: Literal["selective", "uniform", "block"] | None = None
     """`uniform` and `block` are methods of full."""
 
@@ -61,7 +63,12 @@ class Layout:
     def __str__(self) -> str:
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["single"]
-        flags = {"sp": self.sequence_parallel, "distopt": self.distributed_optimizer, "overlap": self.overlap}
+        flags = {
+            "sp": self.sequence_parallel,
+            "distopt": self.distributed_optimizer,
+            "overlap": self.overlap,
+            "padded": self.padded,
+        }
         words += [name for name, flag in flags.items() if flag]
         return "-".join(words + ([self.recompute] if self.recompute else []))
 
@@ -117,7 +124,7 @@ def build_policy(
     """With `state`'s weights, and rows beyond the vocabulary that would win every softmax."""
     config = Config(
         parallel=layout.config(),
-        model=ModelConfig(logprob_chunk_tokens=7, bf16=bf16),
+        model=ModelConfig(logprob_chunk_tokens=7, bf16=bf16, sequence_layout="padded" if layout.padded else "packed"),
         rollout=RolloutConfig(temperature=temperature),
         optimizer=OptimizerConfig(
             lr=lr,
@@ -144,7 +151,9 @@ def fill_padding_rows(policy: Policy, value: float) -> None:
 
 
 def pack_for(policy: Policy, samples: list[Sample]) -> list[MicroBatch]:
-    return pack(samples, policy.parallel.data_share, max_tokens=MAX_TOKENS, device=policy.parallel.device)
+    share, device = policy.parallel.data_share, policy.parallel.device
+    layout: Literal["packed", "padded"] = "padded" if policy.chunks[0].pads else "packed"
+    return pack(samples, share, max_tokens=MAX_TOKENS, device=device, layout=layout)
 
 
 @dataclass(frozen=True)

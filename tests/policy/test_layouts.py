@@ -58,6 +58,11 @@ LAYOUTS = (
     Layout(tp=2, sequence_parallel=True, recompute="selective"),
     Layout(pp=2, cp=2, recompute="block"),
     Layout(pp=2, vpp=2, recompute="uniform"),
+    # Documents of a micro-batch padded to one length
+    Layout(tp=2, padded=True),
+    Layout(pp=2, padded=True, recompute="block"),
+    Layout(dp=2, padded=True),
+    Layout(tp=2, pp=2, sequence_parallel=True, padded=True),
 )
 
 Play = Callable[[Layout, bool], list[Outcome]]
@@ -95,10 +100,14 @@ def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 @on_every_layout
 def test_the_batches_are_played_in_several_micro_batches(layout: Layout, tied: bool, outcomes: Play) -> None:
     """Tokens with prompts 1, 6, 3, 8, 5, 2, 7 long: `seven` has 74 + 32 = 106, three packs of at most 50; over two
-    replicas two packs each, over four one each. `one` leaves the replicas after the first a filler."""
+    replicas two packs each, over four one each. `one` leaves the replicas after the first a filler.
+
+    Padded: 2, 36, 10, 11, 17, 4 and 26 tokens are packs of 36; 26; 2 x 17; and 3 x 10; 2, 46 and 9 of 46 and 2 x 9."""
     rows = {1: (1, 2, 3), 2: (1, 1, 2), 4: (1, 1, 1)}[layout.dp]
     if layout.cp > 1:  # documents padded to 2 cp
         rows = {(2, 1): (1, 2, 3), (4, 1): (1, 2, 3), (2, 2): (1, 1, 2)}[layout.cp, layout.dp]
+    if layout.padded:
+        rows = {1: (1, 2, 4), 2: (1, 1, 2)}[layout.dp]
     if layout.vpp > 1:
         rows = tuple(-(-count // layout.pp) * layout.pp for count in rows)
     for outcome in outcomes(layout, tied):

@@ -47,7 +47,11 @@ def score_and_differentiate(
     return scores, backward(policy, samples, partial(response_losses, alpha=0.1), gather=False).norm
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), Layout(cp=2, tp=2, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2, pp=2), Layout(cp=2, tp=2, sequence_parallel=True), Layout(tp=2, padded=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_log_probabilities_and_gradient_are_transformers_(case, layout, world: World, tmp_path) -> None:
     expected, model = truth(False), yarn_model(CASES[case])
