@@ -181,7 +181,7 @@ class StepStats:
     """Counted from 1."""
     health: Health
     gradient_norm: float = _tag("optimizer/gradient_norm")
-    """Before clipping."""
+    """Of the step's last update, before clipping."""
     learning_rate: float = _tag("optimizer/learning_rate")
     weight_shift: float = _tag("weights/shift")
     """Of batch-max: the largest log(p + alpha); 0 without."""

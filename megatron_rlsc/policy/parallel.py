@@ -6,6 +6,7 @@ The only reader of megatron.core.parallel_state.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -132,6 +133,8 @@ def init_parallel(config: ParallelConfig, *, seed: int) -> Parallel:
 
     The layout must have passed `planning.check_layout`. `seed` seeds Megatron's RNG tracker of every rank.
     """
+    # megatron-core 0.16 calls collectives by the names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     cpu.install()
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
