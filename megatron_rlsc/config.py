@@ -28,7 +28,7 @@ class ModelConfig:
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights (GPUs); otherwise float32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron's layers: plain torch, or Transformer Engine; auto takes the latter where CUDA and TE are."""
+    """Megatron's layers: plain torch, or Transformer Engine; auto takes the latter where CUDA, TE and bf16 are."""
     sequence_layout: Literal["packed", "padded"] = "packed"
     """A micro-batch's documents lie end to end, or are padded to the longest of them, for a GPU whose attention kernels
     take no others (an A100 without flash-attn). Padding counts in max_tokens_per_micro_batch."""
@@ -207,10 +207,26 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    use_precision_aware_optimizer: bool = False
+    """Hold the optimizer's tensors in the dtypes below, to save memory: Transformer Engine's FusedAdam does. Needs bf16
+    and use_distributed_optimizer."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the gradients that add up over micro-batches and replicas."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of the master weights."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of the first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Of the second moment."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps", "lr_warmup_iters"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}")
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            _require(
+                self.use_precision_aware_optimizer or getattr(self, name) == "fp32",
+                f"{name}={getattr(self, name)} needs use_precision_aware_optimizer; without it all of them are fp32",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +280,11 @@ class Config:
         _require(
             self.model.sequence_layout == "packed" or cp == 1,
             f"sequence_layout padded does not go with context parallelism (context_parallel_size {cp}): give up either",
+        )
+        _require(
+            not self.optimizer.use_precision_aware_optimizer
+            or (self.model.bf16 and self.parallel.use_distributed_optimizer),
+            "use_precision_aware_optimizer needs bf16 and use_distributed_optimizer: its shards are what changes dtype",
         )
 
 

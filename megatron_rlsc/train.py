@@ -15,6 +15,7 @@ from megatron_rlsc.health import measure_health, require_sound
 from megatron_rlsc.journal import Journal, decode, encode
 from megatron_rlsc.objective import response_losses, weight_shift
 from megatron_rlsc.planning import check_layout
+from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.run_dir import CHECKPOINTS, EXPORT, METRICS, ROLLOUTS, TENSORBOARD, open_run_dir
@@ -86,6 +87,7 @@ def run(config: Config) -> None:
     model_dir, output = hf_config_dir(config.model.load), config.train.output_dir
     shape = read_shape(model_dir)
     check_layout(shape, config.parallel, world_size=world_size())
+    choose_kernels(config.model, config.optimizer, inspect_machine())  # what cannot work is refused before any start
     sampler = build_sampler(config, model_dir, shape) if is_rank_zero() else Follower()
     if is_rank_zero():
         open_run_dir(output, config)

@@ -124,6 +124,8 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (ObjectiveConfig, {"alpha": -0.1}, r"alpha must not be negative, it is -0\.1"),
         (OptimizerConfig, {"lr": -1.0}, "lr must not be negative"),
         (OptimizerConfig, {"clip_grad": -1.0}, "clip_grad must not be negative"),
+        (OptimizerConfig, {"exp_avg_dtype": "bf16"}, r"exp_avg_dtype=bf16 needs use_precision_aware_optimizer"),
+        (OptimizerConfig, {"main_grads_dtype": "bf16"}, r"main_grads_dtype=bf16 needs use_precision_aware_optimizer"),
         (ParallelConfig, {"tensor_model_parallel_size": 0}, "tensor_model_parallel_size must be at least 1, not 0"),
         (
             ParallelConfig,
@@ -141,6 +143,15 @@ def test_an_unknown_flag_ends_the_program(capsys):
 def test_refused_values(section, values, message):
     with pytest.raises(ValueError, match=message):
         section(**values)
+
+
+def test_a_precision_aware_optimizer_needs_shards_in_bfloat16():
+    optimizer = OptimizerConfig(use_precision_aware_optimizer=True, exp_avg_dtype="bf16")
+    bf16, sharded = ModelConfig(bf16=True), ParallelConfig(use_distributed_optimizer=True)
+    for lacking in ({}, {"model": bf16}, {"parallel": sharded}):
+        with pytest.raises(ValueError, match="use_precision_aware_optimizer needs bf16 and use_distributed_optimizer"):
+            Config(optimizer=optimizer, **lacking)
+    Config(optimizer=optimizer, model=bf16, parallel=sharded)
 
 
 def test_padded_documents_are_not_shared_out():

@@ -2,8 +2,8 @@
 
 import warnings
 
-# Said by megatron-core at import, on every rank: that apex and TE are absent (choose_spec decides and says which layers
-# are used), and that defaults of its own are deprecated.
+# Said by megatron-core at import, on every rank: that apex and TE are absent (kernels.py chooses, and refuses with the
+# reason), and that defaults of its own are deprecated.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
 # Said by torch of what megatron-core's checkpoints call.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
@@ -24,6 +24,7 @@ from megatron_rlsc.config import ModelConfig, ParallelConfig
 from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.attention import PackedAttention
+from megatron_rlsc.policy.kernels import Attention
 from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
 from megatron_rlsc.policy.norm import RMSNorm
 from megatron_rlsc.policy.parallel import Parallel
@@ -52,6 +53,11 @@ class LogprobGPTModel(GPTModel):
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.real_vocab_size = real_vocab_size
+
+    def _set_attention_backend(self) -> None:
+        """Tells Transformer Engine, by environment variables, which kernel it has. A local model leaves them alone."""
+        if self.config.attention_backend is not AttnBackend.local:
+            super()._set_attention_backend()
 
     def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, [n] float32 each, at `temperature`; on a stage
@@ -108,19 +114,6 @@ def _pad(batch: MicroBatch, multiple: int) -> tuple[Tensor, Tensor]:
     return tokens, offsets * len(lengths) + documents
 
 
-def choose_spec(transformer_impl: Literal["auto", "local", "transformer_engine"]) -> Spec:
-    """`auto` is Transformer Engine where CUDA and its package are. Raises ValueError where it is asked for in vain."""
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if transformer_impl == "transformer_engine" and not available:
-        raise ValueError(
-            "transformer_impl=transformer_engine needs CUDA and the transformer-engine package "
-            "(pip install 'megatron-rlsc[gpu]'); --transformer-impl local runs without"
-        )
-    if transformer_impl == "auto":
-        return "transformer_engine" if available else "local"
-    return transformer_impl
-
-
 def build_model(
     shape: ModelShape,
     *,
@@ -129,10 +122,15 @@ def build_model(
     layout: ParallelConfig,
     parallel: Parallel,
     temperature: float,
+    attention: Attention = "local",
 ) -> list[LogprobGPTModel]:
-    """This rank's shards of its runs of layers (one without interleaving), with Megatron's random initialisation."""
+    """This rank's shards of its runs of layers (one without interleaving), with Megatron's random initialisation.
+
+    `spec` and `attention` go together: kernels.choose_kernels says which.
+    """
+    assert (spec == "local") == (attention == "local"), (spec, attention)
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    config = _transformer_config(shape, layout, parallel, dtype)
+    config = _transformer_config(shape, layout, parallel, dtype, attention)
     last = parallel.vpp_size - 1
     return [
         LogprobGPTModel(
@@ -166,7 +164,7 @@ def _block_spec(spec: Spec, config: TransformerConfig, chunk: int) -> ModuleSpec
 
 
 def _transformer_config(
-    shape: ModelShape, layout: ParallelConfig, parallel: Parallel, dtype: torch.dtype
+    shape: ModelShape, layout: ParallelConfig, parallel: Parallel, dtype: torch.dtype, attention: Attention
 ) -> TransformerConfig:
     on_cpu = parallel.device.type != "cuda"
     interleaved = parallel.vpp_size > 1
@@ -221,6 +219,9 @@ def _transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
-        apply_rope_fusion=False,  # on packed sequences it leaves YaRN's attention factor out, in silence
+        # Transformer Engine's; on packed sequences it leaves YaRN's attention factor out, in silence.
+        apply_rope_fusion=attention != "local" and shape.yarn is None,
         persist_layer_norm=not on_cpu,
+        # Never TE's choice at run time, which would fall back to whole matrices of scores in silence.
+        attention_backend=AttnBackend[attention],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -13,12 +14,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_rlsc.config import OptimizerConfig, ParallelConfig
 from megatron_rlsc.policy.model import LogprobGPTModel
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""By Megatron-LM's words for them."""
 
-def wrap_model(chunks: Sequence[LogprobGPTModel], layout: ParallelConfig) -> list[DistributedDataParallel]:
-    """Megatron's DDP: gradients accumulate in float32 buffers, and are summed over replicas by a step's end."""
+
+def wrap_model(
+    chunks: Sequence[LogprobGPTModel], layout: ParallelConfig, *, main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP: gradients accumulate in buffers of that dtype, and are summed over replicas by a step's end."""
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=main_grads_dtype == "fp32",
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
@@ -52,6 +58,14 @@ def build_optimizer(
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=use_distributed_optimizer,
+            use_precision_aware_optimizer=config.use_precision_aware_optimizer,
+            main_grads_dtype=DTYPES[config.main_grads_dtype],
+            main_params_dtype=DTYPES[config.main_params_dtype],
+            exp_avg_dtype=DTYPES[config.exp_avg_dtype],
+            exp_avg_sq_dtype=DTYPES[config.exp_avg_sq_dtype],
+            # Megatron's default keeps 16 bits of each float32 weight beside the bfloat16 one. Its resharded checkpoints
+            # save those bits for the weight, and cannot load them (distrib_optimizer.py).
+            store_param_remainders=False,
         ),
         chunks,
     )

@@ -18,7 +18,8 @@ from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_chec
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rlsc.policy.model import LogprobGPTModel, build_model, choose_spec
+from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
+from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
@@ -33,17 +34,19 @@ class Policy:
 
     def __init__(self, config: Config, shape: ModelShape, parallel: Parallel) -> None:
         self.shape = shape.padded_to(config.model.make_vocab_size_divisible_by * parallel.tp_size)
-        self.spec = choose_spec(config.model.transformer_impl)
+        kernels = choose_kernels(config.model, config.optimizer, inspect_machine())
+        self.spec = kernels.spec
         self.parallel = parallel
         self.chunks: list[LogprobGPTModel] = build_model(
             self.shape,
             model=config.model,
-            spec=self.spec,
+            spec=kernels.spec,
+            attention=kernels.attention,
             layout=config.parallel,
             parallel=parallel,
             temperature=config.rollout.temperature,
         )
-        self.ddp = wrap_model(self.chunks, config.parallel)
+        self.ddp = wrap_model(self.chunks, config.parallel, main_grads_dtype=config.optimizer.main_grads_dtype)
         self.optimizer, self.schedule = build_optimizer(
             self.ddp,
             config.optimizer,

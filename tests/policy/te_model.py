@@ -6,6 +6,8 @@ Answers are plain types: a process without Transformer Engine reads them, and ca
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +78,22 @@ def build(spec: Spec, shape: ModelShape, layout: ParallelConfig) -> Model:
     settings = ModelConfig(bf16=True)
     shape = shape.padded_to(settings.make_vocab_size_divisible_by * parallel.tp_size)
     with faked_te.pretended_gpu() if spec == "transformer_engine" else contextlib.nullcontext():
-        chunks = build_model(shape, model=settings, spec=spec, layout=layout, parallel=parallel, temperature=1.0)
+        chunks = build_model(
+            shape,
+            model=settings,
+            spec=spec,
+            attention="local" if spec == "local" else "fused",
+            layout=layout,
+            parallel=parallel,
+            temperature=1.0,
+        )
     return Model(chunks=chunks, shape=shape, spec=spec, layout=layout, parallel=parallel)
+
+
+def kernels(spec: Spec, shape: ModelShape) -> tuple[list[str | None], bool]:
+    """The variables that tell Transformer Engine which attention it may take; whether its rotary kernel is taken."""
+    config = build(spec, shape, ParallelConfig()).chunks[0].config
+    return [os.environ.get(f"NVTE_{kind}_ATTN") for kind in ("FLASH", "FUSED", "UNFUSED")], config.apply_rope_fusion
 
 
 def versions() -> tuple[str, list[str], list[str]]:
@@ -176,3 +192,66 @@ def train(
     schedule.step(increment=1)
     save_checkpoint(folder, step + 1, parallel=model.parallel, **checkpoint)
     return model.hf(), {} if sharded else model.hf("main_param"), before
+
+
+def precision_aware(
+    shape: ModelShape, layout: ParallelConfig, folder: Path, state: State | None
+) -> list[tuple[Tensor, Tensor, torch.dtype]]:
+    """Transformer Engine's own FusedAdam behind Megatron's distributed optimizer, its state set and saved, or loaded.
+
+    Returns this rank's shard of every master weight and first moment, and the dtype that the moment is held in.
+    """
+    optimizers = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    model = build("transformer_engine", shape, layout)
+    if state is not None:
+        model.fill(state)
+    ddp = wrap_model(model.chunks, layout, main_grads_dtype="bf16")
+    asked = OptimizerConfig(use_precision_aware_optimizer=True, main_grads_dtype="bf16", exp_avg_dtype="bf16")
+    fused_adam.torch = cpu._CpuTorch("torch")  # it makes a buffer on CUDA
+    ours = optimizers.Adam
+    optimizers.Adam = distributed.Adam = fused_adam.FusedAdam
+    try:
+        optimizer, schedule = build_optimizer(ddp, asked, updates=4, use_distributed_optimizer=True)
+        inner = optimizer.chained_optimizers[0].optimizer
+        checkpoint = {"chunks": model.chunks, "optimizer": optimizer, "schedule": schedule}
+        if state is not None:
+            set_state(inner)
+            save_checkpoint(folder, 1, parallel=model.parallel, **checkpoint)
+        else:
+            load_checkpoint(folder / "iter_0000001", **checkpoint)
+    finally:
+        optimizers.Adam = distributed.Adam = ours
+    return [
+        (
+            inner.get_unscaled_state(shard, "master_param").clone(),
+            inner.get_unscaled_state(shard, "exp_avg").clone(),
+            inner.state[shard]["exp_avg"].dtype,
+        )
+        for group in inner.param_groups
+        for shard in group["params"]
+    ]
+
+
+def set_state(inner: torch.optim.Optimizer) -> None:
+    """As if after a step: master weights that bfloat16 does not hold, and moments that it does."""
+    for group in inner.param_groups:
+        group["step"] = 1
+        for shard in group["params"]:
+            inner.initialize_state(shard, store_param_remainders=False)
+            inner.set_scaled_state(shard, "master_param", shard.detach().float() * 1.001)
+            inner.set_scaled_state(shard, "exp_avg", (shard.detach().float() * 0.1).bfloat16().float())
+
+
+def plain(shape: ModelShape, layout: ParallelConfig, folder: Path) -> list[tuple[Tensor, Tensor, torch.dtype]]:
+    """The same checkpoint under an optimizer in float32."""
+    model = build("transformer_engine", shape, layout)
+    ddp = wrap_model(model.chunks, layout)
+    optimizer, schedule = build_optimizer(ddp, OptimizerConfig(), updates=4, use_distributed_optimizer=True)
+    load_checkpoint(folder / "iter_0000001", chunks=model.chunks, optimizer=optimizer, schedule=schedule)
+    inner = optimizer.chained_optimizers[0].optimizer
+    return [
+        (shard.detach().clone(), inner.state[shard]["exp_avg"].clone(), inner.state[shard]["exp_avg"].dtype)
+        for group in inner.param_groups
+        for shard in group["params"]
+    ]

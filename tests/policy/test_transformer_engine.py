@@ -88,6 +88,15 @@ def test_it_is_the_pinned_version(ranks):
     assert set(theirs) <= set(ours)
 
 
+def test_attention_never_falls_back_in_silence(ranks):
+    """cuDNN's kernel, and neither flash-attn nor whole matrices of scores. A local model says nothing, before or after:
+    megatron-core does not build one that says otherwise than another in its process."""
+    shape = truth(False).shape
+    _, local_rope = ranks(1, "kernels", "local", shape)[0]
+    assert ranks(1, "kernels", "transformer_engine", shape)[0] == (["0", "1", "0"], True)
+    assert ranks(1, "kernels", "local", shape)[0] == (["0", "1", "0"], False) and not local_rope
+
+
 def expected_parameters(shape: ModelShape, layout: ParallelConfig, tp_rank: int, pp_rank: int) -> dict[str, tuple]:
     """(shape, dimension of TP) by chunk and Megatron name, from the table."""
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
@@ -205,3 +214,15 @@ def test_a_run_goes_on_under_the_other_spec(
         assert all(tensor.equal(changed[name]) for name, tensor in kept.items())
     if not layout.use_distributed_optimizer:
         assert all((tensor != main[name]).any() for name, tensor in continued[after][1].items())
+
+
+def test_a_precision_aware_optimizer_is_saved_in_float32_for_any(ranks: Any, tmp_path: Path) -> None:
+    """Bit for bit, into one like it and into one that holds all in float32, which never knew of bfloat16 moments."""
+    shape = truth(False).shape
+    saved = ranks(2, "precision_aware", shape, DISTRIBUTED, tmp_path, bf16_state(False))
+    for function, arguments, held_in in (("precision_aware", (None,), torch.bfloat16), ("plain", (), torch.float32)):
+        for kept, found in zip(saved, ranks(2, function, shape, DISTRIBUTED, tmp_path, *arguments), strict=True):
+            assert {dtype for _, _, dtype in found} == {held_in}
+            for (master, moment, _), (found_master, found_moment, _) in zip(kept, found, strict=True):
+                assert found_master.dtype == torch.float32 and found_master.equal(master)
+                assert found_moment.equal(moment)
