@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rlsc.disk import write_whole
 from megatron_rlsc.types import Sample
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
@@ -51,13 +51,7 @@ class Journal:
     def write(self, step: int, samples: Sequence[Sample]) -> None:
         """Puts a step's samples on disk whole, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(step)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(encode(samples))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(self.path(step), encode(samples))
 
     def read(self, step: int) -> list[Sample]:
         """A step's samples. Raises ValueError where there are none."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_rlsc.disk import write_whole
 from megatron_rlsc.types import StepStats
 
 
@@ -124,6 +125,4 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_whole(path, "".join(kept).encode())

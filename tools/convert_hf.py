@@ -49,22 +49,25 @@ def main() -> None:
     command = tyro.cli(Command, description=__doc__)
     import torch  # after --help
 
+    from megatron_rlsc.disk import DiskError, full_disk_explained
     from megatron_rlsc.policy.convert import hf_to_megatron, megatron_to_hf
 
+    target = command.megatron_dir if isinstance(command, ToMegatron) else command.hf_dir
     try:
-        if isinstance(command, ToMegatron):
-            dtype = None if command.dtype == "source" else getattr(torch, command.dtype)
-            hf_to_megatron(command.hf_dir, command.megatron_dir, dtype=dtype, overwrite=command.overwrite)
-            print(f"{command.megatron_dir} is a Megatron checkpoint of {command.hf_dir}, for any layout")
-        else:
-            megatron_to_hf(
-                command.megatron_dir,
-                command.hf_dir,
-                reference_dir=command.reference_hf_dir,
-                overwrite=command.overwrite,
-            )
-            print(f"{command.hf_dir} is an HF model of {command.megatron_dir}")
-    except ValueError as error:
+        with full_disk_explained(target.parent):
+            if isinstance(command, ToMegatron):
+                dtype = None if command.dtype == "source" else getattr(torch, command.dtype)
+                hf_to_megatron(command.hf_dir, command.megatron_dir, dtype=dtype, overwrite=command.overwrite)
+                print(f"{command.megatron_dir} is a Megatron checkpoint of {command.hf_dir}, for any layout")
+            else:
+                megatron_to_hf(
+                    command.megatron_dir,
+                    command.hf_dir,
+                    reference_dir=command.reference_hf_dir,
+                    overwrite=command.overwrite,
+                )
+                print(f"{command.hf_dir} is an HF model of {command.megatron_dir}")
+    except (ValueError, DiskError) as error:
         sys.exit(f"convert_hf: error: {error}")
 
 

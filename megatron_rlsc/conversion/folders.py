@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from megatron_rlsc.disk import write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file that names the newest checkpoint: its step, or `release` for a converted one."""
@@ -44,11 +45,12 @@ def latest_checkpoint(folder: Path) -> Path:
     return latest
 
 
+def latest_step(folder: Path) -> int:
+    """The step that the tracker names; 0 for a converted model. Raises ValueError as `latest_checkpoint` does."""
+    name = latest_checkpoint(folder).name
+    return 0 if name == "release" else int(name.removeprefix("iter_"))
+
+
 def set_latest(folder: Path, step: int | None) -> None:
     """Names the newest checkpoint, at once: the last act of a save."""
-    partial = folder / f"{TRACKER}.partial"
-    with partial.open("w") as file:
-        file.write("release" if step is None else str(step))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / TRACKER)
+    write_whole(folder / TRACKER, ("release" if step is None else str(step)).encode())

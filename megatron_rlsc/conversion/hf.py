@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_rlsc.conversion.atomic import whole_folder
 from megatron_rlsc.conversion.rules import EMBEDDING, OUTPUT
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
 from megatron_rlsc.conversion.tensor_file import TensorEntry
+from megatron_rlsc.disk import REMEDY, DiskError, free_bytes, readable, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,8 +92,8 @@ def write_hf(
         max_shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
         overwrite: replace a model that is in `hf_dir`.
 
-    Raises ValueError where the stream does not hold exactly the model's tensors, `hf_dir` is in use, or the disk is too
-    small.
+    Raises ValueError where the stream does not hold exactly the model's tensors or `hf_dir` is in use, and DiskError
+    where the disk is too small.
     """
     hf_dir, expected = Path(hf_dir), read_shape(reference_dir).hf_tensors()
     if overwrite and hf_dir.is_dir() and any(hf_dir.iterdir()) and not (hf_dir / CONFIG).exists():
@@ -120,11 +120,12 @@ def write_hf(
 
 
 def copy_config_files(source: Path, target: Path) -> None:
-    """Copies what an HF folder holds beside its weights: config, generation config, tokenizer files, chat template."""
+    """Copies what an HF folder holds beside its weights: config, generation config, tokenizer files, chat template.
+    Each is there as a whole, or as it was before."""
     target.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, target / name)
+            write_whole(target / name, (Path(source) / name).read_bytes())
 
 
 def _find_tensors(hf_dir: Path) -> dict[str, TensorEntry]:
@@ -214,9 +215,9 @@ def _create_files(
         shards[-1][name] = shape
         room -= nbytes
         total += nbytes
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if total > free:
-        raise ValueError(f"{folder.parent} has {free / GB:.1f} GB free, the weights take {total / GB:.1f} GB")
+        raise DiskError(f"{folder.parent} has {readable(free)} free, the weights take {readable(total)}. {REMEDY}")
     if len(shards) == 1:
         files = [folder / SINGLE]
     else:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rlsc.conversion.folders import set_latest, step_dir
+from megatron_rlsc.disk import REMEDY, DiskError, free_bytes, readable, used_bytes
 from megatron_rlsc.policy.model import LogprobGPTModel
 from megatron_rlsc.policy.parallel import Parallel
 
@@ -76,7 +77,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/iter_NNNNNNN` (or `release`, for step None) beside its place, moves it there, and names it latest.
 
-    A collective; the folder must be shared by all ranks. Without an optimizer only the weights are saved.
+    A collective; the folder must be shared by all ranks. Without an optimizer only the weights are saved. Raises
+    DiskError where the disk did not take it all: then nothing of it is left.
     """
     final = step_dir(folder, step)
     partial = final.with_name(f".{final.name}.partial")
@@ -85,7 +87,10 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     parallel.barrier()
     state = _state(chunks, optimizer, schedule, is_loading=False)
-    dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=dict(RESHARDABLE))
+    try:
+        dist_checkpointing.save(state | {"iteration": step}, str(partial), content_metadata=dict(RESHARDABLE))
+    except (CheckpointException, RuntimeError, OSError) as error:  # torch's writer has words of its own for a full disk
+        raise _not_written(partial, final, error, parallel) from error
     parallel.barrier()
     if parallel.rank == 0:
         if final.exists():
@@ -94,6 +99,20 @@ def save_checkpoint(
         set_latest(folder, step)
     parallel.barrier()
     return final
+
+
+def _not_written(partial: Path, final: Path, error: BaseException, parallel: Parallel) -> DiskError:
+    """What became of a save, with what was free when it ended; rank 0 removes what there is of it."""
+    cause: BaseException | str = error
+    if isinstance(error, CheckpointException):  # with every rank's failure, and that on rank 0 alone
+        cause = next((cause for cause, _ in error.failures.values()), "rank 0 knows the cause")
+    written, free = readable(used_bytes(partial)), readable(free_bytes(partial))
+    if parallel.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    return DiskError(
+        f"{final} could not be written ({cause}): after {written} of it, {free} was free. What was there before is "
+        f"whole. {REMEDY}"
+    )
 
 
 def load_checkpoint(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_rlsc.conversion.hf import copy_config_files, open_weights, write_hf
+from megatron_rlsc.disk import DiskError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -336,7 +337,7 @@ def test_a_model_can_be_rewritten_from_its_own_weights(untied):
 def test_no_room_is_said_before_anything_is_written(untied, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match=r"has 0\.0 GB free, the weights take 0\.0 GB"):
+    with pytest.raises(DiskError, match=r"has 1\.0 kB free, the weights take 71\.\d kB\. Make room"):
         write_hf(tmp_path / "out", untied.state.items(), reference_dir=untied.hf_dir)
     assert not (tmp_path / "out").exists()
 

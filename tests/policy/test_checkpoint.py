@@ -31,6 +31,7 @@ from world import World
 
 from megatron_rlsc.conversion.folders import TRACKER, latest_checkpoint
 from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.disk import DiskError
 from megatron_rlsc.policy.checkpoint import check_metadata, save_checkpoint
 from megatron_rlsc.types import Sample
 
@@ -155,8 +156,8 @@ def save_on_a_full_disk(layout: Layout, shape: ModelShape, state: dict[str, Tens
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         policy.save(folder, 2)
-    except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
-        return f"{type(error).__name__}: {error}"
+    except DiskError as error:
+        return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return "none"
@@ -165,8 +166,11 @@ def save_on_a_full_disk(layout: Layout, shape: ModelShape, state: dict[str, Tens
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(world: World, tmp_path: Path) -> None:
     expected = truth(False)
     save_seven(world, TP2, expected, tmp_path)
-    for error in world.run(2, save_on_a_full_disk, TP2, expected.shape, expected.state, tmp_path):
-        assert error.startswith("CheckpointException")  # the reason is on stderr
+    errors = world.run(2, save_on_a_full_disk, TP2, expected.shape, expected.state, tmp_path)
+    for error, cause in zip(errors, ("Worker failure: ", "rank 0 knows the cause"), strict=True):
+        assert error.startswith(f"{tmp_path / 'iter_0000002'} could not be written ({cause}")
+        assert error.endswith("What was there before is whole. Make room and start again; a run goes on with --resume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", TRACKER]
     assert latest_checkpoint(tmp_path).name == "iter_0000001"
     arguments = (TP2, expected.shape, expected.batches["three"], tmp_path)
     step, weights = world.run(2, resume_and_update, *arguments)[0]
