@@ -229,6 +229,16 @@ class OptimizerConfig:
             )
 
 
+KEPT_BY_RESUME = {
+    "model": ("load",),
+    "data": ("data_path", "prompt_template", "apply_chat_template", "prompts_per_step"),
+    "rollout": ("samples_per_prompt", "temperature", "max_response_length", "replay_rollouts"),
+    "objective": ("alpha", "weight_scale"),
+    "train": ("seed",),
+}
+"""{section: settings} that say what a run learns, and from what: resuming with others needs `allow_changed`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     train_iters: int = 20
@@ -245,6 +255,9 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     resume: bool = False
     """Go on from the newest checkpoint of output_dir."""
+    allow_changed: tuple[str, ...] = ()
+    """With resume: settings of the objective or the data that are meant to differ from those of the run so far, by
+    name; any other difference is refused. E.g. `alpha temperature`."""
     overwrite: bool = False
     """Delete what an earlier run left in output_dir."""
 
@@ -254,6 +267,17 @@ class TrainConfig:
         _require(self.max_tokens_per_micro_batch > 0, "max_tokens_per_micro_batch must be at least 1")
         _require(self.save_interval >= 0, "save_interval must not be negative")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        _require(self.resume or not self.allow_changed, "--allow-changed says what --resume may change: give both")
+        kept = [name for names in KEPT_BY_RESUME.values() for name in names]
+        unknown = [name for name in self.allow_changed if name not in kept]
+        _require(
+            not unknown,
+            f"--allow-changed {' '.join(unknown)}: a resumed run keeps {', '.join(kept)}; all else may change freely",
+        )
+
+    def saves_after(self, step: int) -> bool:
+        """Every `save_interval` steps, and after the last."""
+        return step == self.train_iters or (self.save_interval > 0 and step % self.save_interval == 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,7 +323,9 @@ def load_recipe(path: Path) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     try:
-        return dacite.from_dict(Config, raw, dacite.Config(strict=True, cast=[Path], type_hooks={float: _to_float}))
+        return dacite.from_dict(
+            Config, raw, dacite.Config(strict=True, cast=[Path, tuple], type_hooks={float: _to_float})
+        )
     except dacite.UnexpectedDataError as error:
         raise ValueError(f"{path}: unknown {', '.join(sorted(error.keys))}; `--help` lists what there is") from None
     except dacite.DaciteError as error:

@@ -1,36 +1,238 @@
-"""A run's folder: what is in it, and who may write there."""
+"""A run's folder: what is in it, whose it is while a run lives, and what a resumed run may not change."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import json
+import os
 import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlsc.config import Config, dump_recipe
+from megatron_rlsc.config import KEPT_BY_RESUME, Config, dump_recipe, load_recipe
+from megatron_rlsc.conversion.folders import TRACKER, is_megatron_checkpoint, latest_step
+from megatron_rlsc.conversion.hf import COMPANIONS
+from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.disk import (
+    FULL,
+    checkpoint_bytes,
+    free_bytes,
+    full_disk_explained,
+    readable,
+    used_bytes,
+    write_whole,
+)
 
 CONFIG = "config.toml"
+INPUTS = "inputs.json"
+"""{setting: sha256 of the files that it names}, of those that a path alone does not tell apart."""
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 ROLLOUTS = "rollouts"
 CHECKPOINTS = "checkpoints"
 EXPORT = "hf"
 SIDECAR_LOG = "sidecar.log"
+EVALUATION, SUMMARY = "evaluation", "summary.json"
+"""What examples/ add when a run is done."""
+WRITTEN = (INPUTS, METRICS, TENSORBOARD, ROLLOUTS, CHECKPOINTS, EXPORT, SIDECAR_LOG, EVALUATION, SUMMARY)
+"""What is deleted to begin anew. `config.toml` marks the folder as a run's, and is replaced."""
+WORTH_KEEPING = (METRICS, f"{CHECKPOINTS}/{TRACKER}", EXPORT)
+"""A run that has none of these failed before its first step."""
+
+LOCK = "run.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without locks answer: NFS without its lock daemon, Lustre without `-o flock`."""
 
 
-def open_run_dir(folder: Path, config: Config) -> None:
-    """Makes the folder and writes the resolved config there. Rank 0 alone calls it, when all else has been checked.
+@contextmanager
+def open_run_dir(folder: Path, config: Config, model_dir: Path, shape: ModelShape) -> Iterator[None]:
+    """Makes the folder this run's for as long as the block lasts, and writes its config there. Rank 0 alone calls it,
+    when all else has been checked.
 
-    Raises ValueError where an earlier run is there and neither `resume` nor `overwrite` says what to do about it, or
-    the folder is no run's. A run that failed before its first step left nothing to keep, and does not count.
+    Raises ValueError, and changes nothing, where the folder is no run's; another live run writes to it; an earlier run
+    is there and neither `resume` nor `overwrite` says what to do about it; `resume` would change what KEPT_BY_RESUME
+    lists; or the disk has no room for what the run will write. A disk that fills up inside the block is a DiskError.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / CONFIG).is_file():
-            raise ValueError(f"--output-dir {folder} holds something that is no run (it has no {CONFIG}): name another")
-        if config.train.overwrite or not (folder / METRICS).exists():
-            shutil.rmtree(folder)
-        elif not config.train.resume:
+    if folder.exists() and not _is_run(folder):
+        raise ValueError(f"--output-dir {folder} holds something that is no run (it has no {CONFIG}): name another")
+    _require_room(folder, config, shape)
+    with full_disk_explained(folder):
+        _make(folder)
+        with _locked(folder):
+            inputs = _digest_inputs(config, model_dir)
+            if _goes_on(folder, config):
+                _require_unchanged(folder, config, inputs)
+            else:
+                _clear(folder, config)
+            # What becomes of an earlier run is said anew each time, never by a recipe that a run left.
+            settled = replace(config.train, resume=False, overwrite=False, allow_changed=())
+            write_whole(folder / CONFIG, dump_recipe(replace(config, train=settled)).encode())
+            write_whole(folder / INPUTS, json.dumps(inputs, indent=2).encode())
+            yield
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder is empty, or a run has made it, or was killed when it began to."""
+    begun = {LOCK, f"{CONFIG}.partial"}
+    return folder.is_dir() and ((folder / CONFIG).is_file() or {path.name for path in folder.iterdir()} <= begun)
+
+
+def _goes_on(folder: Path, config: Config) -> bool:
+    """Whether an earlier run is continued. Raises ValueError where nobody has said what to do about it."""
+    if config.train.overwrite or not any((folder / name).exists() for name in WORTH_KEEPING):
+        return False
+    if not config.train.resume:
+        raise ValueError(
+            f"--output-dir {folder} holds a run already: --resume goes on with it, --overwrite deletes it, or name "
+            f"another folder"
+        )
+    return True
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ValueError(f"--output-dir {folder} cannot be made ({error.strerror}): name another") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} cannot be written to: name another")
+
+
+def _clear(folder: Path, config: Config) -> None:
+    """Deletes what a run writes, and nothing else. The folder and its lock stay: another run may be waiting there.
+
+    Raises ValueError where this run is to read some of it.
+    """
+    written = [folder.resolve() / name for name in WRITTEN]  # of a link, the link alone is deleted
+    read = {"load": config.model.load, "replay_rollouts": config.rollout.replay_rollouts}
+    for name, path in read.items():
+        if path and any(path.resolve().is_relative_to(doomed) for doomed in written):
             raise ValueError(
-                f"--output-dir {folder} holds a run already: --resume goes on with it, --overwrite deletes it, or name "
-                f"another folder"
+                f"--{name.replace('_', '-')} {path} is part of the run that --output-dir {folder} holds and that "
+                f"would be deleted: name another output folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(dump_recipe(config))
+    for path in written:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _require_room(folder: Path, config: Config, shape: ModelShape) -> None:
+    """Checkpoints and the export; rollouts and metrics are small beside them."""
+    parameters, train = shape.num_parameters, config.train
+    resumes = train.resume and is_megatron_checkpoint(folder / CHECKPOINTS)
+    done = latest_step(folder / CHECKPOINTS) if resumes else 0
+    saves = sum(train.saves_after(step) for step in range(done + 1, train.train_iters + 1))
+    distributed = config.parallel.use_distributed_optimizer
+    checkpoint = checkpoint_bytes(parameters, bf16=config.model.bf16, use_distributed_optimizer=distributed)
+    export = parameters * (2 if config.model.bf16 else 4)
+    needed, free = saves * checkpoint + export, free_bytes(folder)
+    if train.overwrite:
+        free += sum(used_bytes(folder / name) for name in WRITTEN)
+    if needed > free:
+        less_often = f"save less often than --save-interval {train.save_interval}, " if saves > 1 else ""
+        raise ValueError(
+            f"--output-dir {folder} has {readable(free)} free, and the run will write {readable(needed)}: {saves} "
+            f"checkpoint{'s' * (saves != 1)} of {readable(checkpoint)} and an export of {readable(export)}. Make room, "
+            f"{less_often}or name a folder on another disk"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock. The kernel lets go of it with the process, however that ends; the file stays."""
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, path)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = path.read_text() or "another process"
+        raise ValueError(
+            f"--output-dir {path.parent} belongs to a run that is alive, {holder}: end that one first, or name another "
+            f"folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a second run "
+            f"from writing there, so see to it that there is none",
+            file=sys.stderr,
+        )
+
+
+def _digest_inputs(config: Config, model_dir: Path) -> dict[str, str]:
+    """sha256 of the questions (of a replay none: it asks none), and of what the model has beside its weights."""
+    companions = (model_dir / name for name in COMPANIONS)
+    inputs = {"load": _sha256(path for path in companions if path.is_file())}
+    if config.rollout.replay_rollouts is None:
+        inputs["data_path"] = _sha256([config.data.data_path])
+    return inputs
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _require_unchanged(folder: Path, config: Config, inputs: Mapping[str, str]) -> None:
+    """Raises ValueError where the run so far was made with other settings than it would go on with."""
+    before = load_recipe(folder / CONFIG)
+    path = folder / INPUTS
+    changes = _changes(before, config, json.loads(path.read_text()) if path.is_file() else {}, inputs)
+    refused = [name for name in changes if name not in config.train.allow_changed]
+    if refused:
+        raise ValueError(
+            f"--resume would go on with {folder} under other settings than it was made with: "
+            f"{', '.join(changes[name] for name in refused)}. Take the old ones, say that they are to change "
+            f"(--allow-changed {' '.join(changes)}), or begin a run of its own (another --output-dir)"
+        )
+
+
+def _changes(before: Config, after: Config, old_inputs: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, str]:
+    """{setting: `setting old -> new`} of those that a run keeps. Files are compared by what is in them, and the model
+    by its name too: its weights are those of the checkpoint, whatever `load` has."""
+    found = {}
+    for section, names in KEPT_BY_RESUME.items():
+        for name in names:
+            old, new = (getattr(getattr(config, section), name) for config in (before, after))
+            if name == "data_path":
+                replays = before.rollout.replay_rollouts or after.rollout.replay_rollouts
+                same = bool(replays) or old_inputs.get(name) == inputs[name]
+            elif isinstance(old, Path) and isinstance(new, Path):
+                same = old.resolve() == new.resolve() and old_inputs.get(name) == inputs.get(name)
+            else:
+                same = old == new
+            if not same:
+                found[name] = f"{name} {_shown(old, old_inputs.get(name))} -> {_shown(new, inputs.get(name))}"
+    return found
+
+
+def _shown(value: object, digest: str | None) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if digest is None else f"{text} (sha256 {digest[:8]})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
         tracker.log(stats)
         if stats.health.underflow:
             tracker.say(UNDERFLOW)
-        if save_is_due(config, step):
+        if config.train.saves_after(step):
             policy.save(output / CHECKPOINTS, step)
 
 
@@ -89,9 +90,8 @@ def run(config: Config) -> None:
     check_layout(shape, config.parallel, world_size=world_size())
     choose_kernels(config.model, config.optimizer, inspect_machine())  # what cannot work is refused before any start
     sampler = build_sampler(config, model_dir, shape) if is_rank_zero() else Follower()
-    if is_rank_zero():
-        open_run_dir(output, config)
-    with sampler:  # vLLM comes up while the policy is built
+    run_dir = open_run_dir(output, config, model_dir, shape) if is_rank_zero() else nullcontext()
+    with run_dir, sampler:  # vLLM comes up while the policy is built
         parallel = init_parallel(config.parallel, seed=config.train.seed)
         policy = Policy(config, shape, parallel)
         step = 0
@@ -114,12 +114,6 @@ def run(config: Config) -> None:
 def share(samples: list[Sample] | None, parallel: Parallel) -> list[Sample]:
     """Rank 0's samples on every rank."""
     return decode(parallel.broadcast_bytes(None if samples is None else encode(samples)))
-
-
-def save_is_due(config: Config, step: int) -> bool:
-    """Every `save_interval` steps, and after the last."""
-    interval = config.train.save_interval
-    return step == config.train.train_iters or (interval > 0 and step % interval == 0)
 
 
 def export(policy: Policy, folder: Path, reference_dir: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsc.config import (
+    KEPT_BY_RESUME,
     Config,
     DataConfig,
     ModelConfig,
@@ -104,6 +105,19 @@ def test_no_recipe(tmp_path):
         parse_config(["--config"])
 
 
+def test_several_names_in_a_flag_and_in_a_recipe(recipe):
+    expected = ("alpha", "temperature")
+    assert parse_config(["--resume", "--allow-changed", *expected]).train.allow_changed == expected
+    path = recipe('[train]\nresume = true\nallow_changed = ["alpha", "temperature"]')
+    assert load_recipe(path).train.allow_changed == expected
+    assert load_recipe(recipe(dump_recipe(load_recipe(path)))).train.allow_changed == expected
+
+
+def test_what_a_resumed_run_keeps_are_settings():
+    for section, names in KEPT_BY_RESUME.items():
+        assert set(names) <= {field.name for field in dataclasses.fields(getattr(Config(), section))}
+
+
 def test_an_unknown_flag_ends_the_program(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_config(["--tensor-parallel", "2"])
@@ -138,6 +152,12 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (TrainConfig, {"train_iters": 0}, "train_iters must be at least 1, not 0"),
         (TrainConfig, {"save_interval": -1}, "save_interval"),
         (TrainConfig, {"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        (TrainConfig, {"allow_changed": ("alpha",)}, "--allow-changed says what --resume may change: give both"),
+        (
+            TrainConfig,
+            {"resume": True, "allow_changed": ("alpha", "lr", "tp")},
+            "--allow-changed lr tp: a resumed run keeps load, data_path, .*alpha, weight_scale, seed; all else may",
+        ),
     ],
 )
 def test_refused_values(section, values, message):

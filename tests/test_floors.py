@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "config": 0,
+    "disk": 0,
     "types": 0,
     "batching": 1,
     "conversion": 1,
@@ -38,6 +39,7 @@ FLOORS = {
 
 NEIGHBOURS = {
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
+    ("run_dir", "conversion"),  # a run's folder holds checkpoints, and is for one model
     ("health", "objective"),  # the weights that a step's figures are about
     ("data", "tokenizer"),  # prompts are token ids
     ("evaluation", "data"),  # questions are asked as they are in training

@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_mode
     draws the same tokens only under the same batching."""
     folder = tmp_path / "resumed"
     folder.mkdir()
-    for name in ("config.toml", "metrics.jsonl"):
+    for name in ("config.toml", "inputs.json", "metrics.jsonl"):
         (folder / name).write_bytes((run.folder / name).read_bytes())
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir()
@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_mode
         f"--load={base_model}",
         f"--replay-rollouts={run.folder / 'rollouts'}",
         f"--output-dir={folder}",
-        "--resume",
+        *("--resume", "--allow-changed", "replay_rollouts"),
     )
     assert "resuming after step 2" in done.stdout
     assert [row["step"] for row in Run(folder, "").metrics] == [1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,11 @@ class ModelShape:
     def kv_size(self) -> int:
         """Rows of k_proj, and of v_proj."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the HF model; a tied embedding counts once."""
+        return sum(math.prod(shape) for shape in self.hf_tensors().values())
 
     def padded_to(self, multiple: int) -> ModelShape:
         """The same model, its vocabulary padded to a multiple (Megatron's: `make_vocab_size_divisible_by` * TP)."""

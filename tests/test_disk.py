@@ -1,0 +1,199 @@
+"""A full disk: a run that meets one ends in words, keeps what it had, and goes on when there is room.
+
+The disk is a small tmpfs in a mount namespace of the test's own. Not covered: quotas, and file systems of a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsc.disk import (
+    checkpoint_bytes,
+    free_bytes,
+    full_disk_explained,
+    readable,
+    used_bytes,
+)
+from megatron_rlsc.journal import Journal
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+PARAMETERS = 329_216
+"""Of the tiny base model: 4.0 MB a checkpoint in float32, 1.3 MB an export."""
+STEPS = 5
+
+
+def on_a_small_disk(size: int, script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Runs a bash script whose $DISK is a folder on a disk of that many bytes; its $@ are the words."""
+    mount = f'mount -t tmpfs -o size={size} none "$DISK" && set -eu && cd {ROOT}\n'
+    namespace = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    folder = Path(os.environ["DISK"])
+    if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root, or user namespaces")
+    command = [*namespace, "bash", "-c", mount + script, "bash", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the small disk is mounted, seen from inside alone."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    monkeypatch.setenv("DISK", str(folder))
+    return folder
+
+
+# Its parts
+
+
+def test_sizes_read_well() -> None:
+    assert [readable(size) for size in (0, 999, 1000, 1_549_000, 872_474_443_776, 4_653_197_033_472)] == [
+        *("0 bytes", "999 bytes", "1.0 kB", "1.5 MB", "872.5 GB", "4.7 TB")
+    ]
+
+
+def test_what_a_checkpoint_takes() -> None:
+    """Bytes of a parameter: 4 + 8 moments; 4 masters more where the optimizer keeps its own; 2 + 4 + 8 in bfloat16."""
+    for bf16, distributed, expected in ((0, 0, 12), (0, 1, 16), (1, 0, 14), (1, 1, 14)):
+        assert checkpoint_bytes(1, bf16=bool(bf16), use_distributed_optimizer=bool(distributed)) == expected
+
+
+def test_a_folder_that_is_not_there_yet_is_on_its_parent_s_disk(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+def test_what_a_folder_takes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"x" * 50_000)
+    (tmp_path / "link").symlink_to("/usr")
+    assert 50_000 <= used_bytes(tmp_path) <= 90_000
+    assert used_bytes(tmp_path / "absent") == 0
+
+
+def test_errors_of_other_folders_and_kinds_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device", "/elsewhere/file"), FileNotFoundError(2, "No such file")):
+        with pytest.raises(OSError) as raised:
+            with full_disk_explained(tmp_path):
+                raise error
+        assert raised.value is error
+
+
+FILL = 'head -c 1G /dev/zero >"$DISK/filler" 2>/dev/null || true\n'
+WRITE = """
+import os, sys
+from pathlib import Path
+from megatron_rlsc.disk import DiskError, full_disk_explained, write_whole
+path = Path(os.environ["DISK"], "file")
+try:
+    with full_disk_explained(path.parent):
+        write_whole(path, b"new" * 10_000)
+except DiskError as error:
+    print(error)
+"""
+
+
+def test_a_file_is_replaced_whole_or_stays(disk: Path) -> None:
+    script = f'echo old >"$DISK/file"\n{FILL}"$@"; cat "$DISK/file"; ls "$DISK"'
+    done = on_a_small_disk(200_000, script, sys.executable, "-c", WRITE)
+    assert done.stdout.splitlines() == [
+        f"{disk} takes no more (No space left on device): 0 bytes is free there. What had been written is whole. "
+        "Make room and start again; a run goes on with --resume",
+        "old",
+        "file",
+        "filler",
+    ], done.stderr
+
+
+# A run
+
+
+def flags(output: Path, *more: object) -> list[object]:
+    """Of the golden run: five steps from a journal, without a sidecar."""
+    golden = (GOLDEN / "flags.txt").read_text().split()
+    replay = (f"--replay-rollouts={GOLDEN / 'journal'}", f"--output-dir={output}")
+    return [sys.executable, "-m", "megatron_rlsc", *golden, *replay, *more]
+
+
+def losses(text: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in text.splitlines()]
+
+
+NEIGHBOUR = """
+(until [ -d "$DISK/run/checkpoints/iter_0000002" ]; do sleep 0.01; done; head -c 12000000 /dev/zero >"$DISK/filler") &
+"""
+"""Somebody else on the disk, who takes the room of three checkpoints when the second is there."""
+GOES_ON = """
+"$@" && exit 3
+(cd "$DISK/run" && find . -name "*.partial")
+mount -o remount,size=60000000 "$DISK"
+"$@" --resume
+cp "$DISK/run/metrics.jsonl" {kept}
+ls "$DISK/run/hf"
+"""
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "told"),
+    [
+        (NEIGHBOUR, r"/run/checkpoints/iter_000000[345] could not be written \(.*\): after .* of it, .* was free"),
+        ("", r"/run has \S+ kB free, the weights take 1\.3 MB"),
+    ],
+    ids=["checkpoint", "export"],
+)
+def test_a_run_goes_on_when_there_is_room(disk: Path, tmp_path: Path, neighbour: str, told: str) -> None:
+    """Its five checkpoints are a little larger than their tensors, and it journals: 300 kB more than those take are too
+    few for the export. What it goes on with is what it would have been without the interruption."""
+    size = STEPS * checkpoint_bytes(PARAMETERS, bf16=False, use_distributed_optimizer=False) + 4 * PARAMETERS + 300_000
+    script = neighbour + GOES_ON.format(kept=tmp_path / "metrics.jsonl")
+    done = on_a_small_disk(size, script, *flags(disk / "run", "--save-interval=1"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"rlsc: error: {disk}{told}", done.stderr), done.stderr
+    assert "Make room and start again; a run goes on with --resume" in done.stderr
+    assert ".partial" not in done.stdout
+    assert re.search("resuming after step [2345]", done.stdout) and "model.safetensors" in done.stdout
+    golden = losses((GOLDEN / "golden.jsonl").read_text())
+    assert losses((tmp_path / "metrics.jsonl").read_text()) == pytest.approx(golden, abs=1e-4)
+
+
+def test_a_run_that_does_not_fit_does_not_start(disk: Path) -> None:
+    done = on_a_small_disk(5_000_000, '"$@" || ls "$DISK"', *flags(disk / "run"))
+    told = "has 5.0 MB free, and the run will write 5.3 MB: 1 checkpoint of 4.0 MB and an export of 1.3 MB. Make room"
+    assert told in " ".join(done.stderr.split())
+    assert done.stdout == ""  # not even a folder
+
+
+def test_a_conversion_that_does_not_fit_leaves_nothing(disk: Path) -> None:
+    base = ROOT / "checkpoints" / "rlsc-tiny-base"
+    convert = (sys.executable, ROOT / "tools/convert_hf.py", "to-megatron", "--hf-dir", base, "--megatron-dir")
+    done = on_a_small_disk(1_000_000, '"$@" || ls -A "$DISK"', *convert, disk / "out")
+    assert f"convert_hf: error: {disk}" in done.stderr and "could not be written" in done.stderr
+    assert done.stdout == ""
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
+    """/dev/full is a full disk for everybody. The step's rollouts and the checkpoint before it are there; with room the
+    run goes on."""
+    output = tmp_path / "run"
+
+    def run(*more: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*map(str, flags(output, *more))], capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+    assert run("--train-iters=1").returncode == 0
+    metrics = (output / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    (output / "metrics.jsonl").symlink_to("/dev/full")
+    done = run("--train-iters=2", "--resume")
+    assert done.returncode == 2
+    assert f"rlsc: error: {output} takes no more (No space left on device)" in done.stderr
+    assert Journal(output / "rollouts").read(2)
+    metrics.replace(output / "metrics.jsonl")
+    assert run("--train-iters=2", "--resume").returncode == 0
+    golden = losses((GOLDEN / "golden.jsonl").read_text())[:2]
+    assert losses((output / "metrics.jsonl").read_text()) == pytest.approx(golden, abs=1e-4)
