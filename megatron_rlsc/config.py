@@ -133,7 +133,8 @@ class RolloutConfig:
     repetition_penalty: float = 1.0
     """Must stay 1: a penalised distribution is not p_old."""
     rollout_url: str | None = None
-    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Key: RLSC_ROLLOUT_KEY."""
+    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Key: RLSC_ROLLOUT_KEY.
+    Reached directly, whatever proxy variables say: a proxy would see the key."""
     sidecar_python: Path = Path(sys.executable)
     """Python of the environment that has vLLM."""
     sidecar_tensor_parallel_size: int = 1

@@ -27,3 +27,13 @@ def sidecar_python() -> Path:
 def base_model() -> Path:
     """The HF folder of the tiny base model."""
     return ROOT / "checkpoints" / "rlsc-tiny-base"
+
+
+@pytest.fixture(scope="session")
+def cluster_environment() -> dict[str, str]:
+    """The environment as the nodes of some clusters have it: a home that is not there, and proxies for everything (here
+    ones that answer nothing)."""
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    dead = {name: "http://127.0.0.1:9" for proxy in proxies for name in (proxy, proxy.upper())}
+    inherited = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    return inherited | dead | {"HOME": "/proc/nonexistent"}

@@ -40,7 +40,9 @@ TINY = (
 )
 
 
-def rlsc(*flags: object, ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+def rlsc(
+    *flags: object, ranks: int = 2, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_rlsc` on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
@@ -69,8 +71,14 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(base_model: Path, questions: Path, sidecar_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Three steps at TP 2."""
+def run(
+    base_model: Path,
+    questions: Path,
+    sidecar_python: Path,
+    cluster_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """Three steps at TP 2, without a home and behind dead proxies."""
     folder = tmp_path_factory.mktemp("runs") / "tp2"
     done = rlsc(
         f"--load={base_model}",
@@ -79,6 +87,7 @@ def run(base_model: Path, questions: Path, sidecar_python: Path, tmp_path_factor
         f"--output-dir={folder}",
         "--tensor-model-parallel-size=2",
         "--save-interval=2",
+        env=cluster_environment,
     )
     return Run(folder, done.stdout)
 
@@ -90,6 +99,11 @@ def test_one_line_and_one_row_a_step(run: Run) -> None:
     for tag in set(run.metrics[0]) - {"step"}:
         points = [(event.step, event.value) for event in board.Scalars(tag)]
         assert points == [(row["step"], pytest.approx(row[tag], rel=1e-6)) for row in run.metrics]
+
+
+def test_nothing_is_looked_for_in_a_home(run: Run) -> None:
+    """vLLM would say so in its log, on CPUs, and end on GPUs, where it keeps compiled kernels there."""
+    assert "/proc/nonexistent" not in (run.folder / "sidecar.log").read_text()
 
 
 def test_sampler_and_trainer_agree_on_every_step(run: Run) -> None:
@@ -145,6 +159,20 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_layout(run: Run, base_mode
     straight, resumed = (load_file(path / "hf" / "model.safetensors") for path in (run.folder, folder))
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_conversion_there_and_back_needs_no_home(
+    base_model: Path, cluster_environment: dict[str, str], tmp_path: Path
+) -> None:
+    def convert(*words: object) -> None:
+        command = [sys.executable, ROOT / "tools/convert_hf.py", *words]
+        subprocess.run([*map(str, command)], check=True, env=cluster_environment, timeout=300)
+
+    convert("to-megatron", "--hf-dir", base_model, "--megatron-dir", tmp_path / "megatron")
+    convert("to-hf", "--megatron-dir", tmp_path / "megatron", "--hf-dir", tmp_path / "hf")
+    there, back = (load_file(folder / "model.safetensors") for folder in (base_model, tmp_path / "hf"))
+    assert there.keys() == back.keys()
+    assert all(torch.equal(there[name], back[name]) for name in there)
 
 
 def test_weights_that_are_not_finite_end_every_rank(base_model: Path, tmp_path: Path) -> None:

@@ -185,6 +185,9 @@ class Sidecar:
         # torchrun's variables would make vLLM join the trainer's process group.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
+        if not os.access(Path("~").expanduser(), os.W_OK | os.X_OK):  # where vLLM, Triton and HF keep their caches
+            (run_dir / "home").mkdir(mode=0o700)
+            environment["HOME"] = str(run_dir / "home")
         local = "127.0.0.1,localhost"
         environment.update(
             {

@@ -77,13 +77,14 @@ def test_errors_before_any_response(tmp_path):
         measure(BASE, data, max_response_length=4091, **options)
 
 
-def test_evaluate_and_summarize(tmp_path):
-    """The two command lines on 20 problems: the base is right at some and wrong at others."""
+def test_evaluate_and_summarize(tmp_path, cluster_environment):
+    """The two command lines on 20 problems, without a home: the base is right at some and wrong at others."""
     lines = (ROOT / "examples/data/addition_heldout.jsonl").read_text().splitlines(keepends=True)[:20]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     run(
         *("tools/evaluate.py", "--hf-dir", BASE, "--config", ROOT / "examples/rlsc_tiny.toml"),
         *("--data", tmp_path / "p.jsonl", "--output", tmp_path / "out/base.json"),
+        env=cluster_environment,
     )
     base = json.loads((tmp_path / "out/base.json").read_text())
     assert (base["problems"], base["temperature"], base["prompt_template"]) == (20, 0.5, "{problem}=")
@@ -103,7 +104,7 @@ def test_evaluate_and_summarize(tmp_path):
     assert "20 problems of p.jsonl" in out and "+0.0" in out
 
 
-def run(*words: object) -> str:
+def run(*words: object, env: dict[str, str] | None = None) -> str:
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, check=True, text=True, capture_output=True
+        [sys.executable, *map(str, words)], cwd=ROOT, check=True, text=True, capture_output=True, env=env
     ).stdout
