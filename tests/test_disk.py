@@ -22,7 +22,6 @@ from megatron_rlsc.disk import (
     readable,
     used_bytes,
 )
-from megatron_rlsc.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -178,22 +177,34 @@ def test_a_conversion_that_does_not_fit_leaves_nothing(disk: Path) -> None:
     assert done.stdout == ""
 
 
-def test_metrics_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
-    """/dev/full is a full disk for everybody. The step's rollouts and the checkpoint before it are there; with room the
-    run goes on."""
+def train(output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    words = [*map(str, flags(output, *more))]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has done one."""
+    output = tmp_path_factory.mktemp("one-step") / "run"
+    done = train(output, "--train-iters=1")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "rollouts/step-000002.jsonl.partial"], ids=["metrics", "journal"])
+def test_a_file_that_cannot_be_written_ends_the_run(one_step: Path, tmp_path: Path, file: str) -> None:
+    """/dev/full is a full disk for everybody. What there was is there still, and with room the run goes on."""
     output = tmp_path / "run"
-
-    def run(*more: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*map(str, flags(output, *more))], capture_output=True, text=True, timeout=300, cwd=ROOT)
-
-    assert run("--train-iters=1").returncode == 0
-    metrics = (output / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
-    (output / "metrics.jsonl").symlink_to("/dev/full")
-    done = run("--train-iters=2", "--resume")
+    shutil.copytree(one_step, output)
+    (output / file).unlink(missing_ok=True)
+    (output / file).symlink_to("/dev/full")
+    done = train(output, "--train-iters=2", "--resume")
     assert done.returncode == 2
     assert f"rlsc: error: {output} takes no more (No space left on device)" in done.stderr
-    assert Journal(output / "rollouts").read(2)
-    metrics.replace(output / "metrics.jsonl")
-    assert run("--train-iters=2", "--resume").returncode == 0
+    assert (output / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"
+    (output / file).unlink(missing_ok=True)
+    shutil.copyfile(one_step / "metrics.jsonl", output / "metrics.jsonl")
+    done = train(output, "--train-iters=2", "--resume")
+    assert "resuming after step 1" in done.stdout
     golden = losses((GOLDEN / "golden.jsonl").read_text())[:2]
     assert losses((output / "metrics.jsonl").read_text()) == pytest.approx(golden, abs=1e-4)

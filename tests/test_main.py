@@ -6,6 +6,7 @@ Not covered: the same mistakes under torchrun, where the paragraph also stands i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsc.__main__ import main
+from megatron_rlsc.config import parse_config
+from megatron_rlsc.conversion.shape import read_shape
+from megatron_rlsc.run_dir import open_run_dir
 
 NO_VLLM = sys.executable
 
@@ -27,7 +31,8 @@ def questions(tmp_path: Path) -> Path:
 
 def error_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **flags: object) -> str:
     """What `python -m megatron_rlsc` says, having ended with 2; on one line, however it was broken."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    flags = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+    words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     monkeypatch.setattr(sys, "argv", ["rlsc", *words])
     with pytest.raises(SystemExit) as exit:
         main()
@@ -71,6 +76,15 @@ def test_models(refused, base_model, tmp_path):
     data = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
     assert "model.safetensors" in refused(load=cut)
+
+    shards = copy_of(base_model, tmp_path / "shards")
+    (shards / "model.safetensors").rename(shards / "model-00001-of-00002.safetensors")
+    files = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert "shards lacks 1 of the 2 shards" in refused(load=shards)
 
 
 def test_layouts(refused):
@@ -147,6 +161,26 @@ def test_an_output_folder_in_use_is_left_alone(capsys, monkeypatch, tmp_path, qu
     (run / "metrics.jsonl").write_text("{}\n")
     assert "--resume goes on with it, --overwrite deletes it" in error_of(capsys, monkeypatch, output_dir=run, **sound)
     assert (run / "thesis.tex").read_text() == "mine"
+
+
+def test_a_run_folder_is_one_live_run_s_and_keeps_its_settings(
+    capsys, monkeypatch, tmp_path, questions, base_model, sidecar_python
+):
+    sound = {"load": base_model, "data_path": questions, "max_response_length": 32, "sidecar_python": sidecar_python}
+    run = sound | {"output_dir": tmp_path / "run"}
+    config = parse_config([f"--{name.replace('_', '-')}={value}" for name, value in run.items()])
+    with open_run_dir(config.train.output_dir, config, base_model, read_shape(base_model)):
+        for what in ({}, {"resume": True}, {"overwrite": True}):
+            message = error_of(capsys, monkeypatch, **run, **what)
+            assert f"belongs to a run that is alive, process {os.getpid()} on " in message
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    message = error_of(capsys, monkeypatch, **run, resume=True, alpha=0.2, temperature=0.7)
+    assert (
+        ": temperature 0.5 -> 0.7, alpha 0.1 -> 0.2. Take the old ones, say that they are to change (--all" in message
+    )
+    questions.write_text('{"problem": "3+4"}\n')
+    message = error_of(capsys, monkeypatch, **run, resume=True, alpha=0.2, allow_changed="alpha")
+    assert "data_path" in message and "alpha 0.1" not in message
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch):

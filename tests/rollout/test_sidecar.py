@@ -96,8 +96,16 @@ time.sleep(300)
 """
 
 
-def test_a_killed_trainer_leaves_nothing_behind(sidecar_python: Path, tmp_path: Path) -> None:
-    """The trainer is another process, its model is untied and has YaRN, and it is killed with responses in flight."""
+def test_a_killed_trainer_leaves_nothing_behind(
+    sidecar_python: Path, cluster_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The trainer is another process, its model is untied and has YaRN, and it is killed with responses in flight.
+
+    There is no home, and proxies that answer nothing claim every request, those of the client in this process too."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in cluster_environment.items():
+        monkeypatch.setenv(name, value)
     tiny = build_tiny(tmp_path / "model", tied=False, rope_parameters=YARN)
     command = [sys.executable, "-c", TRAINER, sidecar_python, tiny.folder, tmp_path / "vllm.log", MAX_MODEL_LEN]
     trainer = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
