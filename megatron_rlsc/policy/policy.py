@@ -99,9 +99,9 @@ class Policy:
         self.schedule.step(increment=1)
         return learning_rate
 
-    def load_hf_weights(self, read: Callable[[str], Tensor]) -> None:
-        """Takes the weights of an HF model; `read` returns a whole tensor by its HF name."""
-        load_hf_weights(self.chunks, read, shape=self.shape, spec=self.spec, parallel=self.parallel)
+    def load_hf_weights(self, read: Callable[[str], Tensor], *, source: str = "the HF model") -> None:
+        """Takes the weights of the HF model `source`; `read` returns a whole tensor by its HF name."""
+        load_hf_weights(self.chunks, read, shape=self.shape, spec=self.spec, parallel=self.parallel, source=source)
         self.optimizer.reload_model_params()  # float32 master weights, where the model is in bfloat16
 
     def load(self, folder: Path) -> None:
@@ -112,7 +112,7 @@ class Policy:
             self._require_finite(path)
             self.optimizer.reload_model_params()
         else:
-            self.load_hf_weights(open_weights(folder).tensor)
+            self.load_hf_weights(open_weights(folder).tensor, source=str(folder))
 
     def save(self, folder: Path, step: int) -> None:
         """Weights, optimizer and schedule after `step`, as the newest checkpoint of `folder`."""

@@ -27,8 +27,9 @@ def load_hf_weights(
     shape: ModelShape,
     spec: Spec,
     parallel: Parallel,
+    source: str = "the HF model",
 ) -> None:
-    """Fills this rank's stage and shards. `read` returns a whole HF tensor by name.
+    """Fills this rank's stage and shards. `read` returns a whole HF tensor of `source` by name.
 
     A collective: where any rank has read NaN or infinity, all raise ValueError with the names.
     """
@@ -47,7 +48,7 @@ def load_hf_weights(
             with torch.no_grad():
                 params[chunk].pop(name).copy_(part)
     assert not any(params), f"the table has no row for {[name for chunk in params for name in chunk]}"
-    _agree_on_finite(bad, list(shape.hf_tensors()), "the HF model", parallel)
+    _agree_on_finite(bad, list(shape.hf_tensors()), source, parallel)
 
 
 def require_finite(
