@@ -132,7 +132,7 @@ WITHOUT = """
 import sys
 for name in ("dacite", "httpx", "psutil", "tensorboard", "tomli_w", "tqdm", "tyro", "vllm"):
     sys.modules[name] = None
-import megatron_rlsc.policy.policy, megatron_rlsc.policy.convert
+import megatron_rlsc.policy.policy, megatron_rlsc.conversion.convert
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,6 +41,27 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _fsync(path.parent)
     if previous.exists():
         shutil.rmtree(previous)
+
+
+def unfinished(path: Path) -> Path | None:
+    """What a killed run of `whole_folder` left beside `path`, if it did; the next run removes it."""
+    path = Path(path).resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    return partial if partial.exists() else None
+
+
+@contextmanager
+def access_explained(folder: Path) -> Iterator[None]:
+    """Raises ValueError with a remedy for what the operating system refuses, but for a full disk (disk.py)."""
+    try:
+        yield
+    except OSError as error:
+        where, reason = error.filename or folder, error.strerror or error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "change its permissions, or name another folder"
+        else:
+            remedy = "see whether its disk is sound and mounted, and start again"
+        raise ValueError(f"{where}: {reason}: {remedy}") from None
 
 
 def _fsync(path: Path) -> None:

@@ -66,7 +66,7 @@ def open_weights(hf_dir: Path) -> HFWeights:
     expected = shape.hf_tensors()
     (lm_head,) = OUTPUT.hf
     copy_of_embedding = found.pop(lm_head, None) if shape.tie_word_embeddings else None
-    _check(hf_dir, {name: entry.shape for name, entry in found.items()}, expected)
+    check_tensors(hf_dir, {name: entry.shape for name, entry in found.items()}, expected)
     if copy_of_embedding is not None:
         _check_tied(copy_of_embedding, found[EMBEDDING.hf[0]])
     return HFWeights(shape=shape, entries={name: found[name] for name in expected})
@@ -113,10 +113,10 @@ def write_hf(
             if written[name] == expected.get(name):  # what differs is in the report below
                 tensor_file.write_tensor(entries[name], tensor)
             del tensor  # before the stream makes the next one
-        _check(hf_dir, written, expected)
+        check_tensors(hf_dir, written, expected)
         assert dtype is not None
         copy_config_files(reference_dir, folder)
-        _set_dtype(folder / CONFIG, dtype)
+        set_dtype(folder / CONFIG, dtype)
 
 
 def copy_config_files(source: Path, target: Path) -> None:
@@ -126,6 +126,32 @@ def copy_config_files(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             write_whole(target / name, (Path(source) / name).read_bytes())
+
+
+def plan_shards(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors of each weight file, by its name. A tensor larger than `max_shard_size` bytes has its own."""
+    shards: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for name, shape in shapes.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not shards or nbytes > room:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][name] = shape
+        room -= nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, tuple[int, ...]]], total: int) -> None:
+    """The index of several weight files with `total` bytes of tensors; nothing for one file."""
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _find_tensors(hf_dir: Path) -> dict[str, TensorEntry]:
@@ -170,7 +196,7 @@ def _find_in_shards(index: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def _check(hf_dir: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(hf_dir: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError that lists every tensor that is missing, unexpected, or of another shape."""
 
     def problems() -> Iterator[str]:
@@ -205,30 +231,16 @@ def _create_files(
     """Makes the weight files of their final size, and the index where there is more than one; empty of data."""
     if dtype not in tensor_file.DTYPE_NAMES:
         raise ValueError(f"weights of {dtype}; write one of {', '.join(map(str, tensor_file.DTYPE_NAMES))}")
-    shards: list[dict[str, tuple[int, ...]]] = []
-    room = total = 0
-    for name, shape in shapes.items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if not shards or nbytes > room:
-            shards.append({})
-            room = max_shard_size
-        shards[-1][name] = shape
-        room -= nbytes
-        total += nbytes
+    shards = plan_shards(shapes, dtype, max_shard_size)
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
     free = free_bytes(folder)
     if total > free:
         raise DiskError(f"{folder.parent} has {readable(free)} free, the weights take {readable(total)}. {REMEDY}")
-    if len(shards) == 1:
-        files = [folder / SINGLE]
-    else:
-        files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {name: path.name for path, shard in zip(files, shards) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return {e.name: e for path, shard in zip(files, shards) for e in tensor_file.create(path, shard, dtype)}
+    write_index(folder, shards, total)
+    return {e.name: e for file, shard in shards.items() for e in tensor_file.create(folder / file, shard, dtype)}
 
 
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+def set_dtype(path: Path, dtype: torch.dtype) -> None:
     """config.json names the dtype of the weights; transformers 5 calls it `dtype`, earlier ones `torch_dtype`."""
     config, name = json.loads(path.read_text()), str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

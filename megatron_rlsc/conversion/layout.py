@@ -6,13 +6,42 @@ what a distributed checkpoint holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_rlsc.conversion.rules import Layout
+from megatron_rlsc.conversion.rules import Layout, Rule
 from megatron_rlsc.conversion.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Rows that lie together both in an HF tensor of a row of the table and in the whole Megatron parameter."""
+
+    hf: int
+    """Which of the row's HF tensors."""
+    hf_row: int
+    row: int
+    """Of the Megatron parameter."""
+    rows: int
+
+
+def segments(rule: Rule, shape: ModelShape) -> list[Segment]:
+    """What `shard` with TP 1 does, as copies of rows: all of the parameter, in its order, less rows of padding."""
+    return list(_segments(rule, shape))
+
+
+def _segments(rule: Rule, shape: ModelShape) -> Iterator[Segment]:
+    # One group for all layouts but qkv's, which lies group by group of its KV heads.
+    groups = shape.num_key_value_heads if rule.layout == "qkv" else 1
+    sizes = [size[0] // groups for size in shape.hf_shapes(rule)]
+    row = 0
+    for group in range(groups):
+        for hf, rows in enumerate(sizes):
+            yield Segment(hf=hf, hf_row=group * rows, row=row, rows=rows)
+            row += rows
 
 
 def shard(layout: Layout, tensors: Sequence[Tensor], shape: ModelShape, *, tp_rank: int, tp_size: int) -> Tensor:

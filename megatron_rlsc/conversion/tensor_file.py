@@ -89,21 +89,25 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
 def create(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[TensorEntry]:
     """Makes a file of its final size: the header, and a hole where `write_tensor` is to put each tensor."""
-    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes.values()]
-    ends = list(accumulate(sizes))
+    header, ends = build_header(shapes, dtype), _ends(shapes, dtype)
+    with path.open("xb") as file:
+        file.write(header)
+        file.truncate(len(header) + (ends[-1] if ends else 0))
+    return [
+        TensorEntry(path=path, name=name, dtype=dtype, shape=shape, offset=len(header) + begin)
+        for (name, shape), begin in zip(shapes.items(), [0, *ends])
+    ]
+
+
+def build_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The first bytes of a file; the tensors follow in this order, without gaps."""
+    ends = _ends(shapes, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for (name, shape), begin, end in zip(shapes.items(), [0, *ends], ends):
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # keeps the tensors aligned for those who map the file
-    data_start = LENGTH_BYTES + len(raw)
-    with path.open("xb") as file:
-        file.write(len(raw).to_bytes(LENGTH_BYTES, "little") + raw)
-        file.truncate(data_start + sum(sizes))
-    return [
-        TensorEntry(path=path, name=name, dtype=dtype, shape=shape, offset=data_start + begin)
-        for (name, shape), begin in zip(shapes.items(), [0, *ends])
-    ]
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
 def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
@@ -112,6 +116,11 @@ def write_tensor(entry: TensorEntry, tensor: Tensor) -> None:
     with entry.path.open("r+b") as file:
         file.seek(entry.offset)
         file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _ends(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[int]:
+    """Of each tensor, in bytes behind the header."""
+    return list(accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values()))
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

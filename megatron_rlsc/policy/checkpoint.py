@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rlsc.conversion.folders import set_latest, step_dir
+from megatron_rlsc.conversion.metadata_file import NAME as METADATA
+from megatron_rlsc.conversion.metadata_file import read_metadata
 from megatron_rlsc.disk import REMEDY, DiskError, free_bytes, readable, used_bytes
 from megatron_rlsc.policy.model import LogprobGPTModel
 from megatron_rlsc.policy.parallel import Parallel
@@ -30,40 +30,6 @@ RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 # write an empty one in their place. A local final norm writes none, and without it megatron-core would not load the
 # checkpoint into a Transformer Engine model.
 FINAL_NORM = "decoder.final_layernorm"
-
-# All that torch.distributed.checkpoint and Megatron pickle into `.metadata`, and dtypes. Whole names, never modules: a
-# pickle reaches `os.system` through any module that imports os.
-METADATA_GLOBALS = {
-    "torch.Size",
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
-    "torch.distributed.checkpoint.metadata.Metadata",
-    "torch.distributed.checkpoint.metadata.MetadataIndex",
-    "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.metadata.TensorProperties",
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.distributed.checkpoint.planner.SavePlan",
-    "torch.distributed.checkpoint.planner.TensorWriteData",
-    "torch.distributed.checkpoint.planner.WriteItem",
-    "torch.distributed.checkpoint.planner.WriteItemType",
-    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-}
-
-# What unpickling torn or altered bytes raises; a ValueError of find_class or of the bytes passes as it is.
-DAMAGE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    TypeError,
-)
 
 
 def save_checkpoint(
@@ -126,7 +92,7 @@ def load_checkpoint(
 
     A collective. Raises ValueError where the file could run code, or names do not match.
     """
-    check_metadata(path / ".metadata")
+    read_metadata(path / METADATA)
     state = _state(chunks, optimizer, schedule, is_loading=True)
     # A sharded object is an unrestricted pickle. Ours are `_extra_state`, which holds FP8 scales or nothing.
     names = _chunk_names(chunks)
@@ -190,34 +156,3 @@ def _state(
 
 def _chunk_names(chunks: Sequence[LogprobGPTModel]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-
-
-def check_metadata(path: Path) -> None:
-    """Raises ValueError unless a `.metadata` file needs nothing but torch's classes, and has tensors to load alone.
-
-    torch.distributed.checkpoint unpickles that file, and each entry that it does not call a tensor; a pickle may run
-    anything. So it is read once with an unpickler that knows the allow-list alone.
-    """
-
-    class AllowListed(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if f"{module}.{name}" in METADATA_GLOBALS:
-                return super().find_class(module, name)
-            raise ValueError(
-                f"{path} would run {module}.{name}: it is no checkpoint that Megatron wrote; do not load it"
-            )
-
-    try:
-        with path.open("rb") as file:
-            metadata = AllowListed(file).load()
-        pickled = [
-            name
-            for name, entry in metadata.state_dict_metadata.items()
-            if type(entry) is not TensorStorageMetadata and "._extra_state/" not in name
-        ]
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is no torch_dist checkpoint: it has no {path.name}") from None
-    except DAMAGE as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if pickled:
-        raise ValueError(f"{path} has pickles in the place of tensors ({', '.join(pickled[:3])}); do not load it")

@@ -23,11 +23,12 @@ from torch import Tensor
 from transformer_engine.pytorch.optimizers import fused_adam
 
 from megatron_rlsc.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rlsc.conversion.convert import convert as convert_weights
+from megatron_rlsc.conversion.convert import plan_megatron
 from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy import cpu
 from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rlsc.policy.convert import hf_to_megatron
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, wrap_model
 from megatron_rlsc.policy.parallel import Parallel, init_parallel
@@ -147,7 +148,7 @@ def save(spec: Spec, shape: ModelShape, layout: ParallelConfig, state: State, fo
 
 
 def convert(hf_dir: Path, folder: Path) -> None:
-    hf_to_megatron(hf_dir, folder, dtype=torch.bfloat16, overwrite=False)
+    convert_weights(plan_megatron(hf_dir, folder, dtype=torch.bfloat16, overwrite=False))
 
 
 def load(spec: Spec, shape: ModelShape, layout: ParallelConfig, path: Path) -> State:
