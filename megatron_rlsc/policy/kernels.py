@@ -112,12 +112,7 @@ def check_attention(machine: Machine, *, sequence_layout: Literal["packed", "pad
     sm_80 on. Raises ValueError where none does, with what would.
     """
     assert machine.capability is not None and machine.transformer_engine is not None
-    minor = ".".join(machine.transformer_engine.split(".")[:2])
-    if minor not in FLASH_ATTN:
-        raise ValueError(
-            f"transformer-engine {machine.transformer_engine} is none that megatron-core 0.16 runs with: "
-            f"install {', '.join(FLASH_ATTN)} (pip install 'megatron-rlsc[gpu]'), or --transformer-impl local"
-        )
+    minor = _minor(machine.transformer_engine)
     sm = f"sm_{machine.capability[0]}{machine.capability[1]}"
     if machine.capability < (8, 0):
         raise ValueError(
@@ -150,3 +145,15 @@ def check_precision_aware(machine: Machine) -> None:
             "--use-precision-aware-optimizer needs Transformer Engine's FusedAdam, and so CUDA and its package "
             "(pip install 'megatron-rlsc[gpu]'); leave the flag away to run without"
         )
+    _minor(machine.transformer_engine)
+
+
+def _minor(transformer_engine: str) -> str:
+    """Its minor version. Raises ValueError where megatron-core does not run with it."""
+    minor = ".".join(transformer_engine.split(".")[:2])
+    if minor not in FLASH_ATTN:
+        raise ValueError(
+            f"transformer-engine {transformer_engine} is none that megatron-core 0.16 runs with: install "
+            f"{', '.join(FLASH_ATTN)} (pip install 'megatron-rlsc[gpu]'), or --transformer-impl local"
+        )
+    return minor

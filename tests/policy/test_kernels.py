@@ -105,7 +105,10 @@ def test_a_precision_aware_optimizer_is_transformer_engine_s() -> None:
     for found in (CPU, machine(H100, transformer_engine=None)):
         with pytest.raises(ValueError, match=r"use-precision-aware-optimizer needs Transformer Engine's FusedAdam"):
             choose_kernels(ModelConfig(bf16=True), optimizer, found)
-    choose_kernels(ModelConfig(bf16=True, transformer_impl="local"), optimizer, machine(A100))
+    local = ModelConfig(bf16=True, transformer_impl="local")
+    choose_kernels(local, optimizer, machine(A100))
+    with pytest.raises(ValueError, match=r"transformer-engine 1\.13\.0 is none that megatron-core 0\.16 runs with"):
+        choose_kernels(local, optimizer, machine(A100, transformer_engine="1.13.0"))
 
 
 def test_this_machine_can_be_read() -> None:
