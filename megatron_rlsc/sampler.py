@@ -6,6 +6,7 @@ Rank 0 holds one of the two; the other ranks hold a `Follower`, which walks the 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,12 +16,13 @@ from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_chec
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.data import PromptSource
+from megatron_rlsc.disk import free_bytes, readable
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.planning import check_token_budget
 from megatron_rlsc.rollout.client import RolloutClient, RolloutError
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
-from megatron_rlsc.rollout.wire import KEY_VARIABLE
+from megatron_rlsc.rollout.wire import KEY_VARIABLE, memory_backed_root
 from megatron_rlsc.run_dir import SIDECAR_LOG
 from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Sample
@@ -205,4 +207,15 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
             timeout=rollout.sidecar_timeout,
         )
         sidecar.check()
+        _require_room_for_a_push(shape.num_parameters * (2 if config.model.bf16 else 4))
     return VllmSampler(rollout, prompts, sidecar=sidecar, stop_token_ids=stops)
+
+
+def _require_room_for_a_push(nbytes: int) -> None:
+    """Containers start with 64 MB of shared memory, and the first push would be what finds out."""
+    folder = memory_backed_root() or Path(tempfile.gettempdir())
+    if nbytes > (free := free_bytes(folder)):
+        raise ValueError(
+            f"{folder} has {readable(free)} free, and the weights on their way to the sidecar take {readable(nbytes)} "
+            f"there: give it more (docker run --shm-size, or mount -o remount,size=... {folder})"
+        )

@@ -169,6 +169,16 @@ def test_a_run_that_does_not_fit_does_not_start(disk: Path) -> None:
     assert done.stdout == ""  # not even a folder
 
 
+def test_weights_that_do_not_fit_shared_memory_are_refused(disk: Path, sidecar_python: Path) -> None:
+    golden = (GOLDEN / "flags.txt").read_text().split()
+    start = (sys.executable, "-m", "megatron_rlsc", *golden, f"--sidecar-python={sidecar_python}")
+    script = 'mount -t tmpfs -o size=64K none /dev/shm\n"$@" || ls "$DISK"'
+    done = on_a_small_disk(50_000_000, script, *start, f"--output-dir={disk / 'run'}")
+    told = "/dev/shm has 65.5 kB free, and the weights on their way to the sidecar take 1.3 MB there: give it more"
+    assert told in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_conversion_that_does_not_fit_leaves_nothing(disk: Path) -> None:
     base = ROOT / "checkpoints" / "rlsc-tiny-base"
     convert = (sys.executable, ROOT / "tools/convert_hf.py", "to-megatron", "--hf-dir", base, "--megatron-dir")
