@@ -44,6 +44,19 @@ def check_layout(shape: ModelShape, layout: ParallelConfig, *, world_size: int) 
     return world_size // (tp * pp * cp)
 
 
+def fitting_layouts(shape: ModelShape, *, most: int = 16) -> list[str]:
+    """The sizes up to `most` that fit a model, in words: `TP 1, 2, 4`; each PP with the VPPs that go with it."""
+    layers = shape.num_hidden_layers
+    sizes = range(1, most + 1)
+    stages = [pp for pp in sizes if layers % pp == 0]
+    vpps = {pp: [vpp for vpp in range(2, layers // pp + 1) if pp > 1 and layers % (pp * vpp) == 0] for pp in stages}
+    return [
+        "TP " + ", ".join(str(tp) for tp in sizes if _tp_fits(shape, tp)),
+        "PP " + ", ".join(f"{pp}" + (f" (VPP {', '.join(map(str, v))})" if (v := vpps[pp]) else "") for pp in stages),
+        "any DP",
+    ]
+
+
 def check_token_budget(longest: int, layout: ParallelConfig, *, max_tokens: int) -> None:
     """Raises ValueError where a sample of `longest` tokens, prompt and response, would not fit a micro-batch."""
     sp_size = layout.tensor_model_parallel_size if layout.sequence_parallel else 1

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rlsc.config import ParallelConfig
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.planning import check_layout, check_token_budget
+from megatron_rlsc.planning import check_layout, check_token_budget, fitting_layouts
 
 QWEN25_7B = ModelShape(
     vocab_size=152064,
@@ -111,3 +111,10 @@ def test_the_longest_sample_must_fit_a_micro_batch() -> None:
     with pytest.raises(ValueError, match=r"are 4073 tokens together, more than the 4079 of .*; 4080 are enough"):
         check_token_budget(4073, layout, max_tokens=4079)
     check_token_budget(4073, layout, max_tokens=4080)
+
+
+def test_the_layouts_that_fit_in_words() -> None:
+    """28 layers on 14 stages are 2 each: one or two runs."""
+    tp, pp, dp = fitting_layouts(QWEN25_7B)
+    assert (tp, dp) == ("TP 1, 2, 4", "any DP")
+    assert pp == "PP 1, 2 (VPP 2, 7, 14), 4 (VPP 7), 7 (VPP 2, 4), 14 (VPP 2)"

@@ -2,6 +2,10 @@
 
 python tools/convert_hf.py to-megatron --hf-dir Qwen2.5-Math-7B --megatron-dir checkpoints/qwen2.5-math-7b
 python tools/convert_hf.py to-hf --megatron-dir runs/rlsc/checkpoints --hf-dir export
+python tools/convert_hf.py verify --hf-dir Qwen2.5-Math-7B --megatron-dir checkpoints/qwen2.5-math-7b
+python tools/convert_hf.py inspect checkpoints/qwen2.5-math-7b
+
+Exit codes: 0 done, or the same model; 1 refused, with the reason; 2 a flag is wrong; 3 verify found a difference.
 """
 
 from __future__ import annotations
@@ -16,8 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from megatron_rlsc.conversion.convert import Conversion
+    from torch import Tensor
 
+    from megatron_rlsc.conversion.convert import Conversion
+    from megatron_rlsc.conversion.verify import Pair
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and 2 + 2 = 4.",
+    "Let $x^2 - 5x + 6 = 0$. Then $(x - 2)(x - 3) = 0$, so the roots are \\boxed{2, 3}.",
+    "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n",
+    "自信强化学习：模型回答同一个问题越一致，它就越有把握。",
+)
+"""What `verify` takes the log-probabilities of."""
 DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -67,7 +81,38 @@ class ToHf(Write):
     """Of one weight file."""
 
 
-Command = Annotated[ToMegatron, tyro.conf.subcommand("to-megatron")] | Annotated[ToHf, tyro.conf.subcommand("to-hf")]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verify:
+    """HF folder and Megatron checkpoint: every tensor compared, and log-probabilities of sample texts."""
+
+    hf_dir: Path
+    """The one,"""
+    megatron_dir: Path
+    """and the other: a converted checkpoint, or a run's newest step."""
+    logprobs: bool = True
+    """Also compute sample texts, layer by layer."""
+    checksums: bool = True
+    """Also read every file that a manifest names, and hold it against its SHA-256."""
+    workers: int = min(4, os.cpu_count() or 1)
+    """Tensors that are compared side by side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspect:
+    """What a folder of either format holds: sizes, dtypes, step, and the layouts that fit."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """HF model, converted checkpoint, or a run's checkpoints/ folder."""
+    checksums: bool = False
+    """Also read every file that the manifest names, and hold it against its SHA-256."""
+
+
+Command = (
+    Annotated[ToMegatron, tyro.conf.subcommand("to-megatron")]
+    | Annotated[ToHf, tyro.conf.subcommand("to-hf")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
 
 
 def main() -> None:
@@ -75,9 +120,67 @@ def main() -> None:
     from megatron_rlsc.disk import DiskError  # after --help
 
     try:
-        write(command)
+        if isinstance(command, Inspect):
+            inspect(command)
+        elif isinstance(command, Verify):
+            verify(command)
+        else:
+            write(command)
     except (ValueError, DiskError) as error:
         sys.exit(f"convert_hf: error: {error}")
+
+
+def inspect(command: Inspect) -> None:
+    from megatron_rlsc.conversion.manifest import check_sums
+    from megatron_rlsc.conversion.overview import look_at
+    from megatron_rlsc.planning import fitting_layouts
+
+    found = look_at(command.folder)
+    print("\n".join(found.lines()))
+    print("  fits: " + "; ".join(fitting_layouts(found.shape)))
+    if command.checksums:
+        check_sums(found.weights_dir, found.manifest)
+        print(f"  checksums: {len(found.manifest)} files as they were written")
+
+
+def verify(command: Verify) -> None:
+    from tqdm import tqdm
+
+    from megatron_rlsc.conversion.verify import check_manifests, compare_logprobs, compare_tensors, open_pair, report
+
+    check_workers(command.workers)
+    pair = open_pair(command.hf_dir, command.megatron_dir)
+    if command.checksums:
+        print(f"checksums: {check_manifests(pair)} files as they were written", flush=True)
+    with tqdm(total=pair.nbytes, unit="B", unit_scale=True, disable=None, desc="tensors") as bar:
+        differences = compare_tensors(pair, workers=command.workers, progress=bar.update)
+    layers, results = [], []
+    if command.logprobs:
+        with tqdm(total=pair.weights.shape.num_hidden_layers, disable=None, desc="layers") as bar:
+            layers, results = compare_logprobs(pair, sample_tokens(pair), bar.update)
+    same, lines = report(pair, differences, layers, results)
+    print(lines)
+    if not same:
+        sys.exit(3)
+
+
+def sample_tokens(pair: Pair) -> list[Tensor]:
+    """The texts in the model's own tokens; without a tokenizer, numbers that stand for any."""
+    import torch
+
+    from megatron_rlsc.tokenizer import load_tokenizer
+
+    size = pair.weights.shape.vocab_size
+    try:
+        tokenizer = load_tokenizer(pair.hf_dir)
+        texts = [tokenizer.encode(text) for text in TEXTS]
+    except (OSError, ValueError) as error:
+        print(f"no tokenizer in {pair.hf_dir} ({str(error).splitlines()[0]}): token ids at random instead")
+        texts = []
+    if not all(len(text) > 1 and max(text) < size for text in texts) or not texts:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(size, (length,), generator=generator) for length in (7, 32, 33)]
+    return [torch.tensor(text) for text in texts]
 
 
 def write(command: ToMegatron | ToHf) -> None:
@@ -85,8 +188,7 @@ def write(command: ToMegatron | ToHf) -> None:
 
     from megatron_rlsc.conversion.convert import convert, plan_hf, plan_megatron
 
-    if not 1 <= command.workers <= MAX_WORKERS:
-        raise ValueError(f"--workers {command.workers}: 1 to {MAX_WORKERS}, so that memory stays within its bounds")
+    check_workers(command.workers)
     if isinstance(command, ToMegatron):
         dtype = None if command.dtype == "source" else getattr(torch, DTYPES[command.dtype])
         plan = plan_megatron(command.hf_dir, command.megatron_dir, dtype=dtype, overwrite=command.overwrite)
@@ -111,6 +213,11 @@ def run(plan: Conversion, workers: int, convert: Callable[..., None]) -> None:
 
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         convert(plan, workers=workers, progress=bar.update)
+
+
+def check_workers(workers: int) -> None:
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"--workers {workers}: 1 to {MAX_WORKERS}, so that memory stays within its bounds")
 
 
 def size(text: str) -> int:
