@@ -68,9 +68,12 @@ def check_sums(folder: Path, files: Iterable[FileSum], *, advance: Callable[[int
 
     `advance` hears of the bytes as they are read.
     """
-    _refuse(
-        folder, [f"{file.name} has changed" for file in files if sha256(folder / file.name, advance) != file.sha256]
-    )
+    refuse_changed(folder, [file.name for file in files if sha256(folder / file.name, advance) != file.sha256])
+
+
+def refuse_changed(folder: Path, names: Iterable[str]) -> None:
+    """Raises ValueError that lists the files, where there is any."""
+    _refuse(folder, [f"{name} has changed" for name in names])
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:

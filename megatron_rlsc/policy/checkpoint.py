@@ -17,6 +17,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rlsc.conversion.folders import set_latest, step_dir
+from megatron_rlsc.conversion.manifest import check_sizes, refuse_changed, sha256
 from megatron_rlsc.conversion.metadata_file import NAME as METADATA
 from megatron_rlsc.conversion.metadata_file import read_metadata
 from megatron_rlsc.disk import REMEDY, DiskError, free_bytes, readable, used_bytes
@@ -116,6 +117,18 @@ def load_checkpoint(
             optimizer.load_state_dict(loaded["optimizer"])
         schedule.load_state_dict(loaded["opt_param_scheduler"])
     return loaded["iteration"]
+
+
+def check_manifest(path: Path, *, parallel: Parallel) -> None:
+    """Raises ValueError on every rank where a file of a converted checkpoint is not as it was written.
+
+    A collective: each rank reads its share of the files. Checkpoints that training saved have no manifest.
+    """
+    files = check_sizes(path)
+    changed = torch.zeros(len(files), dtype=torch.int64, device=parallel.device)
+    for i in range(parallel.rank, len(files), parallel.world_size):
+        changed[i] = sha256(path / files[i].name) != files[i].sha256
+    refuse_changed(path, [file.name for file, count in zip(files, parallel.sum(changed).tolist()) if count])
 
 
 def _check_optimizer(path: Path, saved: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.policy.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rlsc.policy.checkpoint import check_manifest, load_checkpoint, save_checkpoint
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
@@ -108,6 +108,7 @@ class Policy:
         """Takes the weights of an HF model folder or of a Megatron checkpoint's newest step, all finite."""
         if is_megatron_checkpoint(folder):
             path = latest_checkpoint(folder)
+            check_manifest(path, parallel=self.parallel)
             load_checkpoint(path, chunks=self.chunks)
             self._require_finite(path)
             self.optimizer.reload_model_params()

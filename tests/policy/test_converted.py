@@ -170,6 +170,26 @@ def save_config(shape: ModelShape, tied: bool, folder: Path) -> None:
     tiny_qwen(tied=tied).config.save_pretrained(folder)
 
 
+def refusal_of_load(layout: Layout, shape: ModelShape, folder: Path) -> str:
+    try:
+        build_policy(layout, shape, None).load(folder)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def test_a_flipped_bit_is_refused_on_every_rank(world: World, tmp_path: Path) -> None:
+    """In the middle of a weight: still finite, and nothing but the checksum would tell."""
+    save_model(tmp_path / "hf", "7B")
+    shape = open_weights(tmp_path / "hf").shape
+    archive = to_megatron(tmp_path / "hf", tmp_path / "megatron") / "release" / "__0_0.distcp"
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 1
+    archive.write_bytes(data)
+    for message in world.run(2, refusal_of_load, Layout(tp=2), shape, tmp_path / "megatron"):
+        assert "__0_0.distcp has changed. Copy or convert it again" in message
+
+
 def save_from_ranks(layout: Layout, shape: ModelShape, state: dict[str, Tensor], folder: Path) -> None:
     policy = build_policy(layout, shape, state)
     save_checkpoint(folder, None, chunks=policy.chunks, parallel=policy.parallel)
