@@ -116,13 +116,27 @@ def _serve(rank: int, pipe: Connection) -> None:
             answer = True, function(*args)
             dist.barrier()  # nobody leaves while another still reads from it
             if "megatron" in sys.modules:
-                from megatron_rlsc.policy.parallel import destroy_parallel
-
-                destroy_parallel()
+                _leave_megatron()
             else:
                 dist.destroy_process_group()
-            gc.collect()  # a group's threads end with its last reference, and models hold theirs in cycles
         except BaseException:  # noqa: BLE001 the other end raises it
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _leave_megatron() -> None:
+    """Leaves no reference to a process group: until its last one is gone, a gloo group has threads that poll."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megatron_rlsc.policy.parallel import destroy_parallel
+
+    destroy_parallel()
+    for thing in gc.get_objects():
+        if type(thing) is DistributedDataParallel:
+            thing.grad_accs.clear()  # autograd's nodes, whose hooks hold the model where gc does not look
+            thing.config.grad_scale_func = None  # the optimizer's, whose shards hold those nodes too
+    del thing
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
