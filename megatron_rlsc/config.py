@@ -223,6 +223,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps", "lr_warmup_iters"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}")
+        _require(self.min_lr <= self.lr, f"min_lr {self.min_lr} is more than lr {self.lr}")
         for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
             _require(
                 self.use_precision_aware_optimizer or getattr(self, name) == "fp32",

@@ -32,6 +32,9 @@ RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 # checkpoint into a Transformer Engine model.
 FINAL_NORM = "decoder.final_layernorm"
 
+OWN_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""Of the optimizer's groups, what a resumed run's flags say, and not the checkpoint."""
+
 
 def save_checkpoint(
     folder: Path,
@@ -113,8 +116,11 @@ def load_checkpoint(
         missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
         assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
     if optimizer is not None and schedule is not None:
+        settings = {name: optimizer.param_groups[0][name] for name in OWN_SETTINGS}
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
+        for group in optimizer.param_groups:
+            group.update(settings)
         schedule.load_state_dict(loaded["opt_param_scheduler"])
     return loaded["iteration"]
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from layouts import Layout, build_policy, fill_padding_rows, hf_weights, update
 from torch import Tensor
-from truth import Truth, truth, two_updates, worst_update
+from truth import Truth, one_update, truth, two_updates, worst_update
 from world import World
 
 from megatron_rlsc.conversion.folders import TRACKER, latest_checkpoint
@@ -106,6 +107,29 @@ def test_a_run_goes_on_at_another_layout(
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, uninterrupted[name], rtol=1e-5, atol=1e-6)
     assert worst_update(weights, uninterrupted, expected.state) < 1e-4
+
+
+def resume_with_another_rate(
+    layout: Layout, shape: ModelShape, samples: list[Sample], folder: Path
+) -> tuple[list[float], dict[str, Tensor]]:
+    policy = build_policy(layout, shape, None, lr=reference.LR / 2)
+    policy.resume(folder)
+    fill_padding_rows(policy, 50.0)
+    update(policy, samples)
+    return [group["lr"] for group in policy.optimizer.param_groups], hf_weights(policy)
+
+
+@pytest.mark.parametrize("layout", [TP2, distributed(dp=2)], ids=str)
+def test_a_resumed_run_has_its_own_learning_rate(layout: Layout, world: World, tmp_path: Path) -> None:
+    """Half of it, from the first update on, which then moves the weights half as far."""
+    expected = truth(False)
+    save_seven(world, layout, expected, tmp_path)
+    arguments = (layout, expected.shape, expected.batches["three"], tmp_path)
+    rates, weights = world.run(2, resume_with_another_rate, *arguments)[0]
+    assert set(rates) == {reference.LR / 2}
+    first, second = one_update(False), two_updates(False)
+    half = {name: (first[name] + second[name]) / 2 for name in second}
+    assert worst_update(weights, half, expected.state) < 1e-4
 
 
 def test_weights_alone_do_not_continue_a_run(world: World, tmp_path: Path) -> None:

@@ -99,6 +99,14 @@ def rlsc_update(
 
 
 @functools.cache
+def one_update(tied: bool) -> dict[str, Tensor]:
+    """The weights after a step on `seven`."""
+    model = hf_model(tied)
+    rlsc_update(model, reference.adamw(model), truth(tied).batches["seven"])
+    return model.state_dict()
+
+
+@functools.cache
 def two_updates(
     tied: bool, *, weight_decay: float = reference.WEIGHT_DECAY, clip: float = reference.CLIP
 ) -> dict[str, Tensor]:
