@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +24,7 @@ from megatron_rlsc.disk import (
     used_bytes,
     write_whole,
 )
+from megatron_rlsc.lock import locked
 
 CONFIG = "config.toml"
 INPUTS = "inputs.json"
@@ -46,8 +43,7 @@ WORTH_KEEPING = (METRICS, f"{CHECKPOINTS}/{TRACKER}", EXPORT)
 """A run that has none of these failed before its first step."""
 
 LOCK = "run.lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What file systems without locks answer: NFS without its lock daemon, Lustre without `-o flock`."""
+ALIVE = "--output-dir {folder} belongs to a run that is alive, {{holder}}: end that one first, or name another folder"
 
 
 @contextmanager
@@ -64,7 +60,7 @@ def open_run_dir(folder: Path, config: Config, model_dir: Path, shape: ModelShap
     _require_room(folder, config, shape)
     with full_disk_explained(folder):
         _make(folder)
-        with _locked(folder):
+        with locked(folder / LOCK, ALIVE.format(folder=folder)):
             inputs = _digest_inputs(config, model_dir)
             if _goes_on(folder, config):
                 _require_unchanged(folder, config, inputs)
@@ -144,42 +140,6 @@ def _require_room(folder: Path, config: Config, shape: ModelShape) -> None:
             f"--output-dir {folder} has {readable(free)} free, and the run will write {readable(needed)}: {saves} "
             f"checkpoint{'s' * (saves != 1)} of {readable(checkpoint)} and an export of {readable(export)}. Make room, "
             f"{less_often}or name a folder on another disk"
-        )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. The kernel lets go of it with the process, however that ends; the file stays."""
-    path = folder / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor, path)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                yield
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = path.read_text() or "another process"
-        raise ValueError(
-            f"--output-dir {path.parent} belongs to a run that is alive, {holder}: end that one first, or name another "
-            f"folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(
-            f"warning: the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a second run "
-            f"from writing there, so see to it that there is none",
-            file=sys.stderr,
         )
 
 

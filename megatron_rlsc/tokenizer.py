@@ -62,8 +62,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer(folder)
     try:
         return HFTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+    except Exception as error:  # noqa: BLE001  a damaged file is a KeyError to transformers, an Exception to tokenizers
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} has no tokenizer that transformers can read ({reason}). Copy it again") from None
 
 
 def stop_token_ids(tokenizer: Tokenizer, folder: Path) -> tuple[int, ...]:

@@ -187,6 +187,52 @@ def test_a_conversion_that_does_not_fit_leaves_nothing(disk: Path) -> None:
     assert done.stdout == ""
 
 
+FILLS_UP = """
+import os, sys
+from pathlib import Path
+from megatron_rlsc.conversion import hashed_file
+from megatron_rlsc.conversion.convert import convert, plan_hf, plan_megatron
+from megatron_rlsc.disk import DiskError
+
+direction, buffer, source = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+disk = Path(os.environ["DISK"])
+hashed_file.BUFFER_BYTES = buffer
+if direction == "to-megatron":
+    plan = plan_megatron(source, disk / "out", dtype=None, overwrite=False)
+else:
+    plan = plan_hf(source, disk / "out", reference_dir=None, max_shard_size=10**9, overwrite=False)
+
+def neighbour(count):
+    with open(disk / "filler", "ab", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)) == 4096:
+                pass
+        except OSError:
+            pass
+
+try:
+    convert(plan, progress=neighbour)
+except DiskError as error:
+    print(error)
+print(sorted(path.name for path in disk.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("buffer", [2**13, 2**24], ids=["in-the-middle", "at-the-end"])
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_disk_that_fills_up_during_a_conversion(disk: Path, tmp_path: Path, direction: str, buffer: int) -> None:
+    """There was room when it began; somebody else took it."""
+    source = ROOT / "checkpoints" / "rlsc-tiny-base"
+    if direction == "to-hf":
+        convert = (sys.executable, ROOT / "tools/convert_hf.py", "to-megatron", "--hf-dir", source, "--megatron-dir")
+        subprocess.run([*map(str, convert), str(tmp_path / "m")], check=True, capture_output=True)
+        source = tmp_path / "m"
+    done = on_a_small_disk(3_000_000, '"$@"', sys.executable, "-c", FILLS_UP, direction, buffer, source)
+    told, left = done.stdout.splitlines()
+    assert told.startswith(f"{disk} takes no more (No space left on device)") and "Make room" in told, done.stderr
+    assert left == "['filler']"
+
+
 def train(output: Path, *more: object) -> subprocess.CompletedProcess[str]:
     words = [*map(str, flags(output, *more))]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "config": 0,
     "disk": 0,
+    "lock": 0,
     "types": 0,
     "batching": 1,
     "conversion": 1,

@@ -324,3 +324,11 @@ def test_a_vocabulary_that_is_another_model_s_is_refused():
         check_vocabulary(tokenizer, (256, 258), vocab_size=258, folder=BASE)
     with pytest.raises(ValueError, match=r"no response could end with stop token 151645, -1 .* only 259 rows"):
         check_vocabulary(tokenizer, (256, 151645, -1), vocab_size=259, folder=BASE)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_damaged_file_is_named(qwen_dir: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(qwen_dir, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folder} has no tokenizer that transformers can read .*Copy it again"):
+        load_tokenizer(folder)
