@@ -40,7 +40,7 @@ DTYPES = {
 }
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MAX_WORKERS = 8
-"""Their buffers, 100 MB each, stay within the memory that is promised."""
+"""Their buffers, 130 MB each, stay within the memory that is promised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
