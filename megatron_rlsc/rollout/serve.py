@@ -32,7 +32,7 @@ ALWAYS = [
     # Opens /inference/v1/generate, the one endpoint that tells which weights made each token.
     "--enable-scale-out",
     *("--middleware", "megatron_rlsc.rollout.auth.RequireKey"),
-    *("--worker-extension-cls", "megatron_rlsc.rollout.engine.PushDirectory"),
+    *("--worker-extension-cls", "megatron_rlsc.rollout.engine.Inspection"),
     *("--weight-transfer-config", json.dumps({"backend": TRANSFER_BACKEND})),
     "--disable-uvicorn-access-log",
 ]

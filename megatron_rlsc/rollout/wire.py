@@ -9,7 +9,7 @@ KEY_VARIABLE = "RLSC_ROLLOUT_KEY"
 """Environment variable with the key that every request must carry; never on a command line, never in a log."""
 PUSH_DIR_VARIABLE = "RLSC_PUSH_DIR"
 """Environment variable with the one directory that the sidecar's workers read weights from."""
-TRANSFER_BACKEND = "rlsc-file"
+TRANSFER_BACKEND = "rlsc"
 """Our entry in vLLM's table of weight-transfer backends."""
 SERVED_MODEL_NAME = "policy"
 

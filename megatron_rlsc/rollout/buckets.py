@@ -1,0 +1,134 @@
+"""Buckets: the tensors of a push end to end in one piece of memory, with a checksum of its bytes.
+
+Both sides import it: torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUCKET_BYTES = 2**28
+"""Of one bucket; a larger tensor has one of its own."""
+ALIGNED = 16
+"""Bytes: where a tensor begins, so that its numbers can be read in place."""
+WORD_BYTES = 8
+CHUNK_WORDS = 2**22
+"""Of a checksum's temporary memory."""
+MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """What a tensor is, without its numbers."""
+
+    name: str
+    """HF's."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_json(self) -> list[Any]:
+        return [self.name, str(self.dtype).removeprefix("torch."), list(self.shape)]
+
+    @classmethod
+    def from_json(cls, fields: Sequence[Any]) -> TensorSpec:
+        """Raises ValueError for what `to_json` does not write."""
+        name, dtype_name, shape = fields
+        dtype = getattr(torch, dtype_name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{dtype_name!r} of {name!r} is no dtype")
+        return cls(name=name, dtype=dtype, shape=tuple(int(size) for size in shape))
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """Whole tensors, each at a multiple of ALIGNED bytes."""
+
+    specs: tuple[TensorSpec, ...]
+    data: Tensor
+    """[bytes] uint8."""
+    checksum: str
+
+
+def fill_buckets(
+    weights: Iterable[tuple[str, Tensor]], *, device: torch.device, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[Bucket]:
+    """Copies a stream of (HF name, whole tensor) into buckets on `device`, which own their memory.
+
+    Raises ValueError on NaN or infinity: vLLM would take it in silence and answer with token 0.
+    """
+    specs: list[TensorSpec] = []
+    data, used = torch.empty(0, dtype=torch.uint8, device=device), 0
+
+    def close() -> Bucket:
+        return Bucket(specs=tuple(specs), data=data[:used], checksum=checksum(data[:used]))
+
+    for name, tensor in weights:
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity: no such weights are sent")
+        spec = TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        room = round_up(spec.nbytes)
+        if specs and used + room > bucket_bytes:
+            yield close()
+            specs, used = [], 0
+        if not specs:  # a new piece: what was handed over may still be read
+            data = torch.empty(max(room, bucket_bytes), dtype=torch.uint8, device=device)
+        data[used : used + spec.nbytes].copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        data[used + spec.nbytes : used + room].zero_()
+        specs, used = [*specs, spec], used + room
+    if specs:
+        yield close()
+
+
+def unpack(specs: Iterable[TensorSpec], data: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, tensor) of a bucket, in the bucket's own memory."""
+    start = 0
+    for spec in specs:
+        yield spec.name, data[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
+        start += round_up(spec.nbytes)
+
+
+def bucket_nbytes(specs: Iterable[TensorSpec]) -> int:
+    """Of the bucket that holds them."""
+    return sum(round_up(spec.nbytes) for spec in specs)
+
+
+def checksum(data: Tensor) -> str:
+    """Of bytes on any device, at the speed of its memory: the sum of their 64-bit words, and the sum of the words times
+    their places, modulo 2^64, as 32 hex digits.
+
+    It finds any flipped bit, any word in another's place, and zeros where data should be. It is no defence against
+    somebody who means harm: those have no key.
+
+    Args:
+        data: [bytes] uint8, contiguous; zeros are added to the last word.
+    """
+    if data.numel() % WORD_BYTES:
+        padded = data.new_zeros(-(-data.numel() // WORD_BYTES) * WORD_BYTES)
+        padded[: data.numel()].copy_(data)
+        data = padded
+    words = data.view(torch.int64)
+    places = torch.arange(1, min(CHUNK_WORDS, words.numel()) + 1, device=data.device)
+    total = weighted = 0
+    for start in range(0, words.numel(), CHUNK_WORDS):
+        chunk = words[start : start + CHUNK_WORDS]
+        plain = int(chunk.sum())
+        total += plain
+        weighted += start * plain + int((chunk * places[: chunk.numel()]).sum())
+    return f"{total & MASK:016x}{weighted & MASK:016x}"
+
+
+def round_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
