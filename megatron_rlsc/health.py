@@ -50,6 +50,48 @@ def identical_share(samples: Sequence[Sample]) -> float:
     return equal / pairs if pairs else 0.0
 
 
+class ProbeLimit:
+    """How far a replica's log-probabilities of a fixed prompt may be from the trainer's after a push.
+
+    The first push has the dtype's limit, and each one after that a fraction of it, or several times what the first one
+    differed by. It finds weights that are wrong, not a step of BF16 that went missing: versions and checksums do that.
+    """
+
+    MARGIN = 8.0
+    """Times the first difference."""
+    SHARE = 0.25
+    """Of the dtype's limit, which is allowed to every push."""
+
+    def __init__(self, limit: float) -> None:
+        """
+        Args:
+            limit: nats, of the worst token (`RolloutConfig.difference_limit`).
+        """
+        self._limit = limit
+        self._baseline: float | None = None
+
+    @property
+    def nats(self) -> float:
+        """Of the next push."""
+        if self._baseline is None:
+            return self._limit
+        return min(self._limit, max(self.SHARE * self._limit, self.MARGIN * self._baseline))
+
+    def require(self, differences: Sequence[float], *, version: str) -> float:
+        """Returns the largest of the replicas' differences. Raises ValueError where it is above the limit, or not a
+        number."""
+        worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
+        if not worst <= self.nats:
+            raise ValueError(
+                f"push {version} went through, but of {len(differences)} replicas the worst gives a token of a fixed "
+                f"prompt a log-probability that is {worst:.2g} from the trainer's; the limit is {self.nats:.2g}, of "
+                f"--max-logprob-difference and the first push. The weights that it serves are not those that are "
+                f"trained: no more responses were asked for"
+            )
+        self._baseline = worst if self._baseline is None else self._baseline
+        return worst
+
+
 def require_sound(scores: ResponseScores, gradient_norm: float, *, step: int, max_difference: float) -> None:
     """Raises ValueError, before anything is learned, where a step's figures cannot be trusted.
 

@@ -1,15 +1,16 @@
-"""Where a step's responses come from: the vLLM sidecar, or the journal of an earlier run.
+"""Where a step's responses come from: the fleet of vLLM sidecars, or the journal of an earlier run.
 
 Rank 0 holds one of the two; the other ranks hold a `Follower`, which walks the weight stream along with it.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from megatron_rlsc.config import Config, RolloutConfig
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
@@ -19,11 +20,15 @@ from megatron_rlsc.data import PromptSource
 from megatron_rlsc.disk import free_bytes, readable
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.planning import check_token_budget
-from megatron_rlsc.rollout.client import RolloutClient, RolloutError
-from megatron_rlsc.rollout.sidecar import Sidecar
-from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
-from megatron_rlsc.rollout.wire import KEY_VARIABLE, memory_backed_root
-from megatron_rlsc.run_dir import SIDECAR_LOG
+from megatron_rlsc.rollout.buckets import TensorSpec
+from megatron_rlsc.rollout.client import RolloutClient
+from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
+from megatron_rlsc.rollout.fleet import Fleet, Replica
+from megatron_rlsc.rollout.key import external_key
+from megatron_rlsc.rollout.sidecar import Sidecar, core_shares
+from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
+from megatron_rlsc.rollout.wire import memory_backed_root
+from megatron_rlsc.run_dir import SIDECAR_LOGS
 from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Sample
 
@@ -31,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-DYING_SECONDS = 10.0
-"""What a sidecar that has failed is given to end, so that the end of its log can be shown."""
+PROBE_TOKENS = 64
+"""Of the prompt that every push is proven by, at most."""
 
 
 class Sampler(Protocol):
@@ -44,8 +49,13 @@ class Sampler(Protocol):
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """Gives the sampler the policy's weights, on every rank; returns their version."""
 
+    def probe(self, version: str) -> list[Sample] | None:
+        """A fixed prompt with the log-probabilities, at T=1, of every replica that has `version`, one sample each: what
+        proves that a push is live. Empty where nothing was pushed; None where rank 0 has them."""
+
     def sample(self, step: int, version: str) -> list[Sample] | None:
-        """A step's responses, ordered by (group, sample), all of `version`; None where rank 0 has them."""
+        """A step's responses, ordered by (group, sample), all of `version`; None where rank 0 has them. Empty where no
+        replica holds `version` any more: push again."""
 
     def __enter__(self) -> Sampler: ...
 
@@ -60,6 +70,9 @@ class Follower:
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         return NoSync().push(weights)
+
+    def probe(self, version: str) -> list[Sample] | None:
+        return None
 
     def sample(self, step: int, version: str) -> list[Sample] | None:
         return None
@@ -81,6 +94,9 @@ class Replay(Follower):
         for step in (1, steps):
             self.sample(step, "")
 
+    def probe(self, version: str) -> list[Sample] | None:
+        return []
+
     def sample(self, step: int, version: str) -> list[Sample] | None:
         samples = self._journal.read(step)
         largest = max(max(sample.prompt_token_ids + sample.response_token_ids) for sample in samples)
@@ -93,76 +109,87 @@ class Replay(Follower):
 
 
 class VllmSampler:
-    """Responses from a vLLM sidecar: one that starts with this context, or one that runs already (`--rollout-url`)."""
+    """Responses from vLLM sidecars: those that start with this context, or that run already (`--rollout-urls`)."""
 
     def __init__(
-        self, config: RolloutConfig, prompts: PromptSource, *, sidecar: Sidecar | None, stop_token_ids: tuple[int, ...]
+        self,
+        config: RolloutConfig,
+        prompts: PromptSource,
+        *,
+        specs: Sequence[TensorSpec],
+        fleet: Fleet,
+        stop_token_ids: tuple[int, ...],
     ) -> None:
         """
         Args:
+            specs: what a push consists of.
             prompts: of every step.
-            sidecar: to be started and stopped with this sampler; None where `config.rollout_url` has one.
+            fleet: to be started and stopped with this sampler.
             stop_token_ids: the run's one stop set.
         """
         self._config = config
         self._prompts = prompts
-        self._sidecar = sidecar
+        self._specs = specs
+        self._fleet = fleet
         self._stop_token_ids = stop_token_ids
 
     def __enter__(self) -> VllmSampler:
-        if self._sidecar is not None:
-            self._sidecar.start()
-        url, key = self._address()
-        self._sync = WeightSync(url, key=key, timeout=self._config.sidecar_timeout)
+        self._fleet.__enter__()
+        self._sync = WeightSync(
+            self._fleet,
+            specs=self._specs,
+            transport=self._config.weight_transport,
+            timeout=self._config.sync_timeout,
+            push_dir=self._config.push_dir,
+        )
         self._client = RolloutClient(
-            url,
-            key=key,
+            self._fleet,
             samples_per_prompt=self._config.samples_per_prompt,
             temperature=self._config.temperature,
             max_response_length=self._config.max_response_length,
             stop_token_ids=self._stop_token_ids,
             seed=self._prompts.seed,
+            max_num_seqs=_decoded_at_one_time(self._config),
             timeout=self._config.rollout_timeout,
+            stall_timeout=self._config.stall_timeout,
         )
         return self
 
-    def _address(self) -> tuple[str, str]:
-        """(url, key)"""
-        if self._sidecar is not None:
-            return self._sidecar.url, self._sidecar.key
-        assert self._config.rollout_url is not None
-        if KEY_VARIABLE not in os.environ:
-            raise ValueError(f"--rollout-url needs the key of that sidecar in the environment variable {KEY_VARIABLE}")
-        return self._config.rollout_url, os.environ[KEY_VARIABLE]
-
     def connect(self) -> None:
-        if self._sidecar is not None:
-            self._sidecar.wait_until_ready()
-        self._client.connect(longest_prompt=self._prompts.longest_prompt)
+        self._fleet.wait_until_ready()
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        try:
-            return self._sync.push(weights)
-        except SyncError:
-            self._explain()
-            raise
+        self._fleet.wait_for_one()
+        return self._sync.push(weights)
+
+    def probe(self, version: str) -> list[Sample] | None:
+        prompt = self._prompts.at(0)[0]
+        token_ids = (prompt.token_ids * 2)[:PROBE_TOKENS]  # two at least
+        return [
+            Sample(
+                group=replica,
+                sample=0,
+                prompt_index=prompt.index,
+                prompt_token_ids=token_ids[:1],
+                response_token_ids=token_ids[1:],
+                rollout_logprobs=logprobs,
+                finish_reason="length",
+                seed=0,
+                version=version,
+            )
+            for replica, logprobs in enumerate(self._sync.probe(token_ids, version))
+        ]
 
     def sample(self, step: int, version: str) -> list[Sample] | None:
         try:
             return self._client.generate(self._prompts.at(step - 1), step=step, version=version)
-        except RolloutError:
-            self._explain()
-            raise
+        except NoReplicaLeftError:
+            self._fleet.wait_for_one()
+            return []
 
     def __exit__(self, *error: object) -> None:
         self._sync.close()
-        if self._sidecar is not None:
-            self._sidecar.stop()
-
-    def _explain(self) -> None:
-        """A dead sidecar is the cause of any error over HTTP: raises with the end of its log instead."""
-        if self._sidecar is not None:
-            self._sidecar.check_alive(wait=DYING_SECONDS)
+        self._fleet.stop()
 
 
 def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler:
@@ -190,25 +217,55 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
     )
     longest = prompts.longest_prompt + rollout.max_response_length
     check_token_budget(longest, config.parallel, max_tokens=config.train.max_tokens_per_micro_batch)
-    sidecar = None
-    if rollout.rollout_url is None:
+    fleet = _build_fleet(config, model_dir, longest)
+    if not rollout.rollout_urls:
+        _require_room_for_a_push(shape.num_parameters * (2 if config.model.bf16 else 4))
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    specs = [TensorSpec(name=name, dtype=dtype, shape=size) for name, size in shape.hf_tensors().items()]
+    return VllmSampler(rollout, prompts, specs=specs, fleet=fleet, stop_token_ids=stops)
+
+
+def _decoded_at_one_time(config: RolloutConfig) -> int:
+    """vLLM's --max-num-seqs: all samples of a prompt at least."""
+    return max(config.sidecar_max_num_seqs, config.samples_per_prompt)
+
+
+def _build_fleet(config: Config, model_dir: Path, longest: int) -> Fleet:
+    """The servers that run already, or those that will be started here; checked as far as that goes without a start."""
+    rollout = config.rollout
+    if rollout.rollout_urls:
+        key = external_key(rollout.rollout_key_file)
+        replicas = [Replica(index=index, url=url, key=key) for index, url in enumerate(rollout.rollout_urls)]
+    else:
+        sidecars = _build_sidecars(config, model_dir, longest)
+        replicas = [Replica(index=i, url="", key=sidecar.key, sidecar=sidecar) for i, sidecar in enumerate(sidecars)]
+    return Fleet(replicas, longest=longest, timeout=rollout.sidecar_timeout, restarts=rollout.sidecar_restarts)
+
+
+def _build_sidecars(config: Config, model_dir: Path, longest: int) -> list[Sidecar]:
+    rollout, tensor_parallel = config.rollout, config.rollout.sidecar_tensor_parallel_size
+    cores = core_shares(rollout.sidecar_replicas, tensor_parallel)
+    sidecars = []
+    for index in range(rollout.sidecar_replicas):
         sidecar = Sidecar(
             rollout.sidecar_python,
             model_dir,
             dtype="bfloat16" if config.model.bf16 else "float32",
             max_model_len=longest,
             seed=config.train.seed,
-            log_path=config.train.output_dir / SIDECAR_LOG,
-            port=rollout.sidecar_port,
-            tensor_parallel_size=rollout.sidecar_tensor_parallel_size,
-            max_num_seqs=max(rollout.sidecar_max_num_seqs, rollout.samples_per_prompt),
+            log_path=config.train.output_dir / SIDECAR_LOGS / f"{index}.log",
+            port=rollout.sidecar_port and rollout.sidecar_port + index,
+            tensor_parallel_size=tensor_parallel,
+            max_num_seqs=_decoded_at_one_time(rollout),
             gpu_memory_utilization=rollout.sidecar_gpu_memory_utilization,
             kv_cache_gib=rollout.sidecar_kv_cache_gib,
+            devices=rollout.sidecar_devices[index * tensor_parallel : (index + 1) * tensor_parallel],
+            cores=cores[index],
             timeout=rollout.sidecar_timeout,
         )
         sidecar.check()
-        _require_room_for_a_push(shape.num_parameters * (2 if config.model.bf16 else 4))
-    return VllmSampler(rollout, prompts, sidecar=sidecar, stop_token_ids=stops)
+        sidecars.append(sidecar)
+    return sidecars
 
 
 def _require_room_for_a_push(nbytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint
 from megatron_rlsc.conversion.hf import copy_config_files, write_hf
 from megatron_rlsc.conversion.shape import read_shape
-from megatron_rlsc.health import measure_health, require_sound
+from megatron_rlsc.health import ProbeLimit, measure_health, require_sound
 from megatron_rlsc.journal import Journal, decode, encode
 from megatron_rlsc.objective import response_losses, weight_shift
 from megatron_rlsc.planning import check_layout
@@ -22,7 +23,7 @@ from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.run_dir import CHECKPOINTS, EXPORT, METRICS, ROLLOUTS, TENSORBOARD, open_run_dir
 from megatron_rlsc.sampler import Follower, Sampler, build_sampler
 from megatron_rlsc.tracking import Timer, Tracker
-from megatron_rlsc.types import Sample, StepStats
+from megatron_rlsc.types import MicroBatch, Sample, StepStats
 
 
 def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *, step: int) -> None:
@@ -30,20 +31,27 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
     parallel, output = policy.parallel, config.train.output_dir
     journal, timer = Journal(output / ROLLOUTS), Timer()
     alpha, scale = config.objective.alpha, config.objective.weight_scale
-    updates, max_tokens = config.train.updates_per_rollout, config.train.max_tokens_per_micro_batch
-    layout = config.model.sequence_layout
-    limit = config.rollout.difference_limit(bf16=config.model.bf16)
-    version, pushes = sampler.push(policy.iter_hf_weights()), 1  # a broken path to the sampler fails here
+    updates, limit = config.train.updates_per_rollout, config.rollout.difference_limit(bf16=config.model.bf16)
+    to_batch = partial(
+        pack,
+        share=parallel.data_share,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        device=parallel.device,
+        layout=config.model.sequence_layout,
+    )
+    sync = partial(synchronize, policy, sampler, ProbeLimit(limit), to_batch)
+    (version, probed), pushes = sync(), 1  # a broken path to the sampler fails here
 
     while step < config.train.train_iters:
         step += 1
         with timer.phase("rollout"):
-            samples = share(sampler.sample(step, version), parallel)
+            while not (samples := share(sampler.sample(step, version), parallel)):
+                (version, probed), pushes = sync(), pushes + 1  # all replicas were lost; one is back, without weights
             if parallel.rank == 0:
                 journal.write(step, samples)
 
         with timer.phase("train"):
-            batch = pack(samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device, layout=layout)
+            batch = to_batch(samples)
             # The first update's own pass gives p_old: another is needed for a shift, or for updates after it alone.
             old = policy.score(batch, len(samples)).logprobs if updates > 1 or scale != "none" else None
             shift = 0.0 if old is None else weight_shift(old, alpha, scale)
@@ -57,7 +65,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
                 learning_rate = policy.step()
 
         with timer.phase("sync"):
-            version, pushes = sampler.push(policy.iter_hf_weights()), pushes + 1
+            (version, probed), pushes = sync(), pushes + 1
 
         seconds = timer.lap()
         stats = StepStats(
@@ -67,6 +75,7 @@ def train(config: Config, policy: Policy, sampler: Sampler, tracker: Tracker, *,
             learning_rate=learning_rate,
             weight_shift=shift,
             pushes=pushes,
+            probe_difference=probed,
             tokens_per_second=int(first.lengths.sum()) / sum(seconds.values()),
             seconds=seconds,
         )
@@ -109,6 +118,22 @@ def run(config: Config) -> None:
             export(policy, output / EXPORT, model_dir)
             tracker.say(f"done: {output / EXPORT} is the trained model, in HF format")
     destroy_parallel()
+
+
+def synchronize(
+    policy: Policy, sampler: Sampler, limit: ProbeLimit, to_batch: Callable[[list[Sample]], list[MicroBatch]]
+) -> tuple[str, float]:
+    """The policy's weights into every replica, and the proof that they are live there.
+
+    Returns their version, and the largest difference of a replica's log-probabilities of a fixed prompt from ours; 0
+    where nothing was asked.
+    """
+    version = sampler.push(policy.iter_hf_weights())
+    probes = share(sampler.probe(version), policy.parallel)
+    if not probes:
+        return version, 0.0
+    scores = policy.score(to_batch(probes), len(probes), temperature=1.0)
+    return version, limit.require(scores.rollout_difference.tolist(), version=version)
 
 
 def share(samples: list[Sample] | None, parallel: Parallel) -> list[Sample]:

@@ -108,9 +108,10 @@ class Parallel:
         size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0)
         data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if payload is not None:
+        if payload:
             data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(data, src=0)
+        if data.numel():
+            dist.broadcast(data, src=0)
         return data.cpu().numpy().tobytes()
 
     def barrier(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,17 @@ class Policy:
         )
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
 
-    def score(self, micro_batches: Sequence[MicroBatch], num_samples: int) -> ResponseScores:
+    def score(
+        self, micro_batches: Sequence[MicroBatch], num_samples: int, *, temperature: float | None = None
+    ) -> ResponseScores:
         """What the policy says of every response of the global batch; nothing is learned.
 
         Args:
             micro_batches: this replica's share; as many as every other replica's.
             num_samples: B, the responses of the global batch.
+            temperature: of the log-probabilities, if not the sampling temperature.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._at(temperature):
             return self._run(micro_batches, num_samples, None, None)
 
     def forward_backward(
@@ -130,6 +134,17 @@ class Policy:
             raise ValueError(f"{path} is a converted model, not a step of a run: --load it instead of resuming")
         self._require_finite(path)
         return step
+
+    @contextmanager
+    def _at(self, temperature: float | None) -> Iterator[None]:
+        before = [chunk.temperature for chunk in self.chunks]
+        try:
+            for chunk in self.chunks:
+                chunk.temperature = chunk.temperature if temperature is None else temperature
+            yield
+        finally:
+            for chunk, own in zip(self.chunks, before):
+                chunk.temperature = own
 
     def _require_finite(self, path: Path) -> None:
         require_finite(self.chunks, path, shape=self.shape, spec=self.spec, parallel=self.parallel)
