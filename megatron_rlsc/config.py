@@ -14,6 +14,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 
 def _require(ok: bool, message: str) -> None:
@@ -132,25 +133,43 @@ class RolloutConfig:
     """Must stay 0 (off): a cut distribution is not p_old."""
     repetition_penalty: float = 1.0
     """Must stay 1: a penalised distribution is not p_old."""
-    rollout_url: str | None = None
-    """A running `python -m megatron_rlsc.rollout.serve`; without it the trainer starts one. Key: RLSC_ROLLOUT_KEY.
-    Reached directly, whatever proxy variables say: a proxy would see the key."""
+    rollout_urls: tuple[str, ...] = ()
+    """Running `python -m megatron_rlsc.rollout.serve`s, as http://host:port, with spaces or commas between; without any
+    the trainer starts its own. Reached directly, whatever proxy variables say: a proxy would see the key."""
+    rollout_key_file: Path | None = None
+    """File with the key of rollout_urls, readable by its owner alone; without it, the variable RLSC_ROLLOUT_KEY."""
     sidecar_python: Path = Path(sys.executable)
     """Python of the environment that has vLLM."""
+    sidecar_replicas: int = 1
+    """vLLM servers that the trainer starts; questions are spread over them."""
     sidecar_tensor_parallel_size: int = 1
-    """TP of vLLM."""
+    """TP of each vLLM."""
+    sidecar_devices: tuple[int, ...] = ()
+    """GPUs of the sidecars, by their index on this machine: sidecar_tensor_parallel_size for the first, as many for the
+    next. Empty leaves them all the GPUs that the trainer sees."""
     sidecar_port: int = 0
-    """Port of the sidecar on 127.0.0.1; 0 takes a free one."""
+    """Port of the first sidecar on 127.0.0.1, the next ones follow; 0 takes free ones."""
+    sidecar_restarts: int = 3
+    """How often, all in all, a run starts a sidecar of its own again that has died or hangs."""
     sidecar_max_num_seqs: int = 64
-    """Responses that vLLM decodes at one time."""
+    """Responses that each vLLM decodes at one time; of rollout_urls, their --max-num-seqs."""
     sidecar_gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that vLLM takes (on CPUs, see sidecar_kv_cache_gib)."""
     sidecar_kv_cache_gib: int = 1
     """GiB of KV cache of a CPU sidecar."""
     sidecar_timeout: float = 600.0
-    """Seconds until the sidecar must generate, and until a weight update must end."""
+    """Seconds until a sidecar must generate, when it starts and when all are lost."""
+    stall_timeout: float = 300.0
+    """Seconds after which a sidecar that has been asked for responses and generates no token is given up."""
+    sync_timeout: float = 300.0
+    """Seconds that each phase of a weight push may take."""
     rollout_timeout: float = 7200.0
-    """Seconds until a question's responses must be there, the queue before it included."""
+    """Seconds until a question that a sidecar has been asked must be answered, vLLM's own queue included."""
+    weight_transport: Literal["auto", "file", "nccl", "gloo"] = "auto"
+    """How weights travel: through files (to this machine, or by push_dir), or over the network in a process group; auto
+    takes what is there."""
+    push_dir: Path | None = None
+    """Directory on a file system that this machine shares with the sidecars of other nodes: theirs as mounted here."""
     max_logprob_difference: float | None = None
     """The largest |sampler - trainer| log-probability of a token, above which the run stops: the sampler then does not
     hold the policy's weights. Default 1e-3 in float32; 1.0 in bfloat16, where it catches gross errors alone."""
@@ -174,6 +193,48 @@ class RolloutConfig:
                 f"{name}={getattr(self, name)} is refused in training: its samples would not come from p_old, which "
                 f"the loss takes them for. Leave it at {neutral}.",
             )
+        urls = [url.rstrip("/") for entry in self.rollout_urls for url in entry.split(",") if url]
+        object.__setattr__(self, "rollout_urls", tuple(urls))
+        for url in urls:
+            _require(_is_server(url), f"rollout_urls: {url!r} is not of the form http://host:port")
+        _require(len(set(urls)) == len(urls), f"rollout_urls names a server twice: {' '.join(urls)}")
+        _require(bool(urls) or self.rollout_key_file is None, "rollout_key_file is the key of rollout_urls: give both")
+        replicas, tensor_parallel = self.sidecar_replicas, self.sidecar_tensor_parallel_size
+        for name in ("sidecar_replicas", "sidecar_tensor_parallel_size", "sidecar_max_num_seqs"):
+            _require(getattr(self, name) > 0, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            not urls or (replicas == 1 and not self.sidecar_devices),
+            "rollout_urls names servers that run already; sidecar_replicas and sidecar_devices are of those that the "
+            "trainer starts: give up either",
+        )
+        _require(
+            len(self.sidecar_devices) in (0, replicas * tensor_parallel),
+            f"sidecar_devices names {len(self.sidecar_devices)} GPUs, sidecar_replicas {replicas} x "
+            f"sidecar_tensor_parallel_size {tensor_parallel} take {replicas * tensor_parallel}",
+        )
+        _require(
+            len(set(self.sidecar_devices)) == len(self.sidecar_devices) and min(self.sidecar_devices, default=0) >= 0,
+            f"sidecar_devices must be different GPUs, from 0 on, not {' '.join(map(str, self.sidecar_devices))}",
+        )
+        _require(
+            0 <= self.sidecar_port <= 65536 - replicas, f"no {replicas} ports from sidecar_port {self.sidecar_port} on"
+        )
+        _require(self.sidecar_restarts >= 0, f"sidecar_restarts must not be negative, it is {self.sidecar_restarts}")
+        for name in ("sidecar_timeout", "stall_timeout", "sync_timeout", "rollout_timeout"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+
+
+def _is_server(url: str) -> bool:
+    """Whether it is http://host:port, or https, and nothing more: a key in a URL would end up in logs."""
+    try:
+        parts = urlsplit(url)
+        return (
+            url == f"{parts.scheme}://{parts.netloc}"
+            and parts.scheme in ("http", "https")
+            and (parts.port is not None and bool(parts.hostname) and parts.username is None)
+        )
+    except ValueError:  # of a port that is no number
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

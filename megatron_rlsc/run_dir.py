@@ -34,10 +34,11 @@ TENSORBOARD = "tensorboard"
 ROLLOUTS = "rollouts"
 CHECKPOINTS = "checkpoints"
 EXPORT = "hf"
-SIDECAR_LOG = "sidecar.log"
+SIDECAR_LOGS = "sidecars"
+"""A log a replica: 0.log, 1.log, ..."""
 EVALUATION, SUMMARY = "evaluation", "summary.json"
 """What examples/ add when a run is done."""
-WRITTEN = (INPUTS, METRICS, TENSORBOARD, ROLLOUTS, CHECKPOINTS, EXPORT, SIDECAR_LOG, EVALUATION, SUMMARY)
+WRITTEN = (INPUTS, METRICS, TENSORBOARD, ROLLOUTS, CHECKPOINTS, EXPORT, SIDECAR_LOGS, EVALUATION, SUMMARY)
 """What is deleted to begin anew. `config.toml` marks the folder as a run's, and is replaced."""
 WORTH_KEEPING = (METRICS, f"{CHECKPOINTS}/{TRACKER}", EXPORT)
 """A run that has none of these failed before its first step."""

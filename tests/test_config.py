@@ -53,7 +53,9 @@ def test_an_empty_recipe_is_the_defaults(recipe):
 def test_dump_and_load_are_inverse(recipe):
     config = Config(
         model=ModelConfig(load=Path("some where/else"), bf16=True),
-        rollout=RolloutConfig(rollout_url="http://127.0.0.1:1", max_logprob_difference=0.5, temperature=0.7),
+        rollout=RolloutConfig(
+            rollout_urls=("http://127.0.0.1:1", "http://node:2"), max_logprob_difference=0.5, temperature=0.7
+        ),
         objective=ObjectiveConfig(alpha=0.0, weight_scale="batch-max"),
         optimizer=OptimizerConfig(lr=1e-6, adam_eps=1e-15),
     )
@@ -113,6 +115,19 @@ def test_several_names_in_a_flag_and_in_a_recipe(recipe):
     assert load_recipe(recipe(dump_recipe(load_recipe(path)))).train.allow_changed == expected
 
 
+def test_servers_with_spaces_or_commas_between(recipe):
+    expected = ("http://a:1", "http://b:2", "https://[::1]:3")
+    for words in ([",".join(expected)], list(expected), ["http://a:1/,http://b:2", expected[2]]):
+        assert parse_config(["--rollout-urls", *words]).rollout.rollout_urls == expected
+    path = recipe(f'[rollout]\nrollout_urls = ["{expected[0]}", "{expected[1]},{expected[2]}"]')
+    assert load_recipe(path).rollout.rollout_urls == expected
+
+
+def test_gpus_of_the_sidecars():
+    flags = ["--sidecar-replicas", "2", "--sidecar-tensor-parallel-size", "2", "--sidecar-devices", "4", "5", "6", "7"]
+    assert parse_config(flags).rollout.sidecar_devices == (4, 5, 6, 7)
+
+
 def test_what_a_resumed_run_keeps_are_settings():
     for section, names in KEPT_BY_RESUME.items():
         assert set(names) <= {field.name for field in dataclasses.fields(getattr(Config(), section))}
@@ -135,6 +150,23 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (RolloutConfig, {"temperature": math.inf}, r"temperature must be positive and finite, not inf"),
         (RolloutConfig, {"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
         (RolloutConfig, {"max_response_length": 0}, "max_response_length"),
+        (RolloutConfig, {"rollout_urls": ("node:1",)}, r"rollout_urls: 'node:1' is not of the form http://host:port"),
+        (RolloutConfig, {"rollout_urls": ("http://node",)}, "'http://node' is not of the form"),
+        (RolloutConfig, {"rollout_urls": ("http://key@node:1",)}, "is not of the form"),
+        (RolloutConfig, {"rollout_urls": ("http://node:1/v1",)}, "is not of the form"),
+        (RolloutConfig, {"rollout_urls": ("http://a:1,http://a:1/",)}, "names a server twice: http://a:1 http://a:1"),
+        (RolloutConfig, {"rollout_urls": ("http://a:1",), "sidecar_replicas": 2}, "give up either"),
+        (RolloutConfig, {"rollout_key_file": Path("key")}, "rollout_key_file is the key of rollout_urls: give both"),
+        (RolloutConfig, {"sidecar_replicas": 0}, "sidecar_replicas must be at least 1, not 0"),
+        (
+            RolloutConfig,
+            {"sidecar_replicas": 2, "sidecar_tensor_parallel_size": 2, "sidecar_devices": (0, 1)},
+            "names 2 GPUs, sidecar_replicas 2 x sidecar_tensor_parallel_size 2 take 4",
+        ),
+        (RolloutConfig, {"sidecar_replicas": 2, "sidecar_devices": (1, 1)}, "different GPUs, from 0 on, not 1 1"),
+        (RolloutConfig, {"sidecar_replicas": 2, "sidecar_port": 65535}, "no 2 ports from sidecar_port 65535 on"),
+        (RolloutConfig, {"sidecar_restarts": -1}, "sidecar_restarts must not be negative"),
+        (RolloutConfig, {"stall_timeout": 0.0}, r"stall_timeout must be positive, not 0\.0"),
         (ObjectiveConfig, {"alpha": -0.1}, r"alpha must not be negative, it is -0\.1"),
         (OptimizerConfig, {"lr": -1.0}, "lr must not be negative"),
         (OptimizerConfig, {"clip_grad": -1.0}, "clip_grad must not be negative"),

@@ -230,7 +230,7 @@ def test_all_else_may_change(config: Config, run: Path) -> None:
         config,
         parallel=ParallelConfig(tensor_model_parallel_size=2, use_distributed_optimizer=True),
         optimizer=OptimizerConfig(lr=1.0),
-        rollout=RolloutConfig(sidecar_port=1, rollout_url="http://127.0.0.1:1", max_logprob_difference=2.0),
+        rollout=RolloutConfig(sidecar_port=1, rollout_urls=("http://127.0.0.1:1",), max_logprob_difference=2.0),
     )
     open_and_close(other, resume=True, train_iters=99, save_interval=50)
 
@@ -268,9 +268,9 @@ def test_overwrite_does_not_delete_what_it_reads(config: Config, run: Path, base
 def test_a_failed_start_is_begun_anew_and_a_checkpoint_is_kept(config: Config) -> None:
     folder = config.train.output_dir
     open_and_close(config)
-    (folder / "sidecar.log").write_text("it died")
+    (folder / "sidecars").mkdir()
     open_and_close(config)
-    assert not (folder / "sidecar.log").exists()
+    assert not (folder / "sidecars").exists()
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
     with pytest.raises(ValueError, match="holds a run already"):  # although it has no metrics

@@ -103,7 +103,7 @@ def test_one_line_and_one_row_a_step(run: Run) -> None:
 
 def test_nothing_is_looked_for_in_a_home(run: Run) -> None:
     """vLLM would say so in its log, on CPUs, and end on GPUs, where it keeps compiled kernels there."""
-    assert "/proc/nonexistent" not in (run.folder / "sidecar.log").read_text()
+    assert "/proc/nonexistent" not in (run.folder / "sidecars" / "0.log").read_text()
 
 
 def test_sampler_and_trainer_agree_on_every_step(run: Run) -> None:

@@ -1,191 +1,153 @@
-"""Responses over HTTP: token ids in, token ids and log-probabilities out. No torch, no vllm."""
+"""A step's responses from the fleet: token ids in, token ids and log-probabilities out. No torch, no vllm."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import sys
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 
 import httpx
-from tqdm import tqdm
 
-from megatron_rlsc.rollout.responses import MalformedAnswerError, read_samples
-from megatron_rlsc.rollout.wire import SERVED_MODEL_NAME, bearer
+from megatron_rlsc.rollout.dispatch import Dispatch, Ended, Event, GroupDone, NoReplicaLeftError, ReplicaLost
+from megatron_rlsc.rollout.fleet import Fleet
+from megatron_rlsc.rollout.load import ResponseLength
+from megatron_rlsc.rollout.request import Sampling, Task
 from megatron_rlsc.types import Prompt, Sample
 
-CONNECT_ATTEMPTS = 3
-"""Of one request, while its connection is refused. What has been answered, well or badly, is never asked for again."""
-
-
-class RolloutError(RuntimeError):
-    """The sidecar did not answer, refused a request, or is not fit for this run."""
-
-
-def request_seed(run_seed: int, step: int, group: int) -> int:
-    """The seed of one prompt's request. 48 bits: vLLM adds the sample's index, and JSON readers keep 53."""
-    digest = hashlib.sha256(f"{run_seed}:{step}:{group}".encode()).digest()
-    return int.from_bytes(digest[:6], "big")
+POLL_SECONDS = 2.0
+"""Between two looks at a busy replica's figures."""
+_REVIVE_SECONDS = 1.0
 
 
 class RolloutClient:
-    """Asks one sidecar for samples of p_old at the sampling temperature, uncut by top-k, top-p or penalties."""
+    """Asks a fleet for samples of p_old at the sampling temperature, uncut by top-k, top-p or penalties.
+
+    The seed of a request comes from the run's seed, the step and the prompt's place in it, and vLLM adds the sample's
+    index. Equal seeds give equal samples for one composition of vLLM's batches, on one machine: how prompts fall on
+    replicas and into batches depends on timing, and so does the last bit of a logit. What a resumed run learns from is
+    therefore the journal, not the seed.
+    """
 
     def __init__(
         self,
-        url: str,
+        fleet: Fleet,
         *,
-        key: str,
         samples_per_prompt: int,
         temperature: float,
         max_response_length: int,
         stop_token_ids: Sequence[int],
         seed: int,
-        timeout: float,
+        max_num_seqs: int = 64,
+        timeout: float = 7200.0,
+        stall_timeout: float = 300.0,
+        poll_seconds: float = POLL_SECONDS,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
         Args:
-            url: the sidecar's, http://host:port.
-            key: its secret.
-            samples_per_prompt: responses a prompt; at most the sidecar's --max-num-seqs.
+            fleet: whom to ask; told of replicas that fail.
+            samples_per_prompt: responses a prompt; at most the sidecars' --max-num-seqs.
             temperature: of sampling and of the log-probabilities; positive.
             max_response_length: tokens, the stop token included.
             stop_token_ids: the run's one stop set. The sidecar's own idea of an end is switched off.
             seed: the run's.
-            timeout: seconds that one prompt's request may wait for its answer, queueing included.
+            max_num_seqs: responses that a replica decodes at one time; no more than that are there, and one prompt's.
+            timeout: seconds from a prompt's request to its answer, vLLM's queue included; the replica is lost then.
+            stall_timeout: seconds after which a busy replica that generates nothing is lost.
+            poll_seconds: between two looks at a busy replica.
             transport: in place of the network, in tests.
         """
-        if not stop_token_ids:
-            raise ValueError("stop_token_ids is empty: no response could end before the limit")
-        self._url, self._key, self._timeout, self._transport = url, key, timeout, transport
-        self._samples_per_prompt = samples_per_prompt
-        self._max_response_length = max_response_length
-        self._stop_token_ids = frozenset(stop_token_ids)
-        self._seed = seed
-        self._max_model_len: int | None = None
-        self._sampling_params = {
-            "n": samples_per_prompt,
-            "temperature": temperature,
-            "max_tokens": max_response_length,
-            "stop_token_ids": sorted(self._stop_token_ids),
-            # Without this the eos of the model's config and generation config would stop a response as well.
-            "ignore_eos": True,
-            "logprobs": 0,
-            "detokenize": False,
-        }
-
-    def connect(self, *, longest_prompt: int) -> None:
-        """Checks, before any training, that the sidecar is locked, is ours, and holds a prompt and its response.
-
-        Args:
-            longest_prompt: tokens of the run's longest prompt.
-
-        Raises RolloutError otherwise.
-        """
-        asyncio.run(self._connect(longest_prompt))
+        self._fleet = fleet
+        self._sampling = Sampling(
+            samples_per_prompt=samples_per_prompt,
+            temperature=temperature,
+            max_response_length=max_response_length,
+            stop_token_ids=frozenset(stop_token_ids),
+            seed=seed,
+        )
+        self._response_length = ResponseLength(max_response_length)
+        self._max_num_seqs = max_num_seqs
+        self._timeout, self._stall_timeout, self._poll_seconds = timeout, stall_timeout, poll_seconds
+        self._transport = transport
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, version: str) -> list[Sample]:
-        """`samples_per_prompt` responses to each prompt, ordered by (group, sample); group is the prompt's position.
+        """`samples_per_prompt` responses to each prompt, ordered by (group, sample). The rest is `stream`'s."""
+        groups = list(self.stream(prompts, step=step, version=version))
+        return [sample for group in sorted(groups, key=lambda group: group[0].group) for sample in group]
 
-        All prompts are asked at once and the sidecar queues them. The first failure cancels the rest.
+    def stream(self, prompts: Sequence[Prompt], *, step: int, version: str) -> Iterator[list[Sample]]:
+        """The samples of one prompt after the other, each as soon as its last sibling has ended; group is the prompt's
+        position. Replicas go on while the caller works. Closing the iterator abandons what is under way. Main thread.
 
         Args:
             prompts: the step's.
             step: goes into the seeds with the run's seed and the group.
             version: of the last push; a sample with a token of any other is refused.
 
-        Raises StaleSampleError, MalformedAnswerError, RolloutError.
+        The first failure cancels the rest. Raises NoReplicaLeftError where no replica holds the version (any more) and
+        some may be had again, FleetError where none may; RolloutError, StaleSampleError, MalformedAnswerError.
         """
-        for prompt in prompts:
-            self._check_length(len(prompt.token_ids))
-        groups = asyncio.run(self._generate(prompts, step, version))
-        return [sample for group in groups for sample in group]
-
-    async def _connect(self, longest_prompt: int) -> None:
-        async with self._open() as http:
-            unlocked = await self._request(http, "GET", "/health", headers={"Authorization": ""})
-            if unlocked.status_code != httpx.codes.UNAUTHORIZED:
-                raise RolloutError(
-                    f"{self._url} answers {unlocked.status_code} to a request without the key: anybody could change "
-                    "its weights. Start it with `python -m megatron_rlsc.rollout.serve`"
-                )
-            models = _checked(await self._request(http, "GET", "/v1/models"))["data"]
-        served = {model["id"]: model["max_model_len"] for model in models}
-        if SERVED_MODEL_NAME not in served:
-            raise RolloutError(f"{self._url} serves {', '.join(served)}, not {SERVED_MODEL_NAME!r}")
-        self._max_model_len = served[SERVED_MODEL_NAME]
-        self._check_length(longest_prompt)
-
-    async def _generate(self, prompts: Sequence[Prompt], step: int, version: str) -> list[list[Sample]]:
-        total = len(prompts) * self._samples_per_prompt
-        shown = sys.stderr.isatty()
-        with tqdm(total=total, desc="rollout", unit="response", leave=False, disable=not shown) as progress:
-            async with self._open() as http:
-
-                async def ask(group: int, prompt: Prompt) -> list[Sample]:
-                    samples = await self._ask(http, prompt, step=step, group=group, version=version)
-                    progress.update(len(samples))
-                    return samples
-
-                tasks = [asyncio.create_task(ask(group, prompt)) for group, prompt in enumerate(prompts)]
-                try:
-                    return await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-
-    async def _ask(
-        self, http: httpx.AsyncClient, prompt: Prompt, *, step: int, group: int, version: str
-    ) -> list[Sample]:
-        seed = request_seed(self._seed, step, group)
-        body = {
-            "request_id": f"step-{step}-group-{group}",
-            "token_ids": list(prompt.token_ids),
-            "sampling_params": {**self._sampling_params, "seed": seed},
-        }
-        answer = _checked(await self._request(http, "POST", "/inference/v1/generate", json=body))
-        return read_samples(
-            answer,
-            prompt=prompt,
-            group=group,
-            seed=seed,
-            version=version,
-            samples_per_prompt=self._samples_per_prompt,
-            max_response_length=self._max_response_length,
-            stop_token_ids=self._stop_token_ids,
+        holders = [replica for replica in self._fleet.ready() if replica.version == version]
+        if not holders:
+            raise NoReplicaLeftError(f"no replica holds the weights of version {version!r}")
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        dispatch = Dispatch(
+            [Task(prompt=prompt, group=i, step=step, version=version) for i, prompt in enumerate(prompts)],
+            holders,
+            sampling=self._sampling,
+            response_length=self._response_length,
+            max_num_seqs=self._max_num_seqs,
+            timeout=self._timeout,
+            stall_timeout=self._stall_timeout,
+            poll_seconds=self._poll_seconds,
+            transport=self._transport,
+            tell=events.put,
         )
-
-    def _open(self) -> httpx.AsyncClient:
-        """A client of this call's event loop. No proxies: the sidecar is here or on the cluster's network."""
-        transport = self._transport or httpx.AsyncHTTPTransport(
-            retries=CONNECT_ATTEMPTS - 1, limits=httpx.Limits(max_connections=None)
-        )
-        return httpx.AsyncClient(
-            base_url=self._url, headers=bearer(self._key), timeout=self._timeout, transport=transport, trust_env=False
-        )
-
-    async def _request(self, http: httpx.AsyncClient, method: str, path: str, **arguments: Any) -> httpx.Response:
+        running = _Running(dispatch)
         try:
-            return await http.request(method, path, **arguments)
-        except httpx.HTTPError as error:
-            raise RolloutError(f"{method} {self._url}{path}: {type(error).__name__}: {error}") from error
+            while True:
+                try:
+                    event = events.get(timeout=_REVIVE_SECONDS)
+                except queue.Empty:
+                    self._fleet.revive()
+                    continue
+                match event:
+                    case GroupDone():
+                        yield event.samples
+                    case ReplicaLost():
+                        self._fleet.lose(event.replica, event.reason)
+                    case Ended(error=None):
+                        return
+                    case Ended(error=error):
+                        assert error is not None
+                        raise error
+        finally:
+            running.stop()
+            while not events.empty():  # a replica that was lost is lost, whether or not anybody waits for its samples
+                event = events.get()
+                if isinstance(event, ReplicaLost):
+                    self._fleet.lose(event.replica, event.reason)
 
-    def _check_length(self, prompt_length: int) -> None:
-        """vLLM would cut the response in silence."""
-        needed = prompt_length + self._max_response_length
-        if self._max_model_len is not None and needed > self._max_model_len:
-            raise RolloutError(
-                f"a prompt of {prompt_length} tokens and a response of {self._max_response_length} need {needed}, the "
-                f"sidecar holds {self._max_model_len}: lower max_response_length, or raise its --max-model-len"
-            )
 
+class _Running:
+    """A dispatch in a thread."""
 
-def _checked(response: httpx.Response) -> Any:
-    if response.status_code != httpx.codes.OK:
-        raise RolloutError(f"{response.request.url} answered {response.status_code}: {response.text.strip()}")
-    try:
-        return response.json()
-    except ValueError as error:
-        raise MalformedAnswerError(f"{response.request.url} answered no JSON: {error}") from error
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(dispatch.run())
+        self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(asyncio.wait([self._task]))
+        finally:
+            self._loop.close()
+
+    def stop(self) -> None:
+        """Abandons what is under way and returns when nothing is; does nothing where it has ended."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()

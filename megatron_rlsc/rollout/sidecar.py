@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -21,10 +21,12 @@ import httpx
 
 import megatron_rlsc
 from megatron_rlsc.rollout import keeper
+from megatron_rlsc.rollout.admission import RefusedError, UnreachableError, generate_a_token
+from megatron_rlsc.rollout.sidecar_log import last_words
 from megatron_rlsc.rollout.wire import KEY_VARIABLE, PUSH_DIR_VARIABLE, bearer, memory_backed_root
 
-LOG_LINES_SHOWN = 30
-_TRACEBACK_FRAME = re.compile(r"""(\(\w+ pid=\d+\) )?(ERROR \S+ \S+ \[\S+\] )?(  File "|    )""")
+DYING_SECONDS = 10.0
+"""What a sidecar that has failed a request is given to end, so that the end of its log can be shown."""
 _POLL_SECONDS = 0.2
 
 
@@ -54,6 +56,8 @@ class Sidecar:
         max_num_seqs: int = 64,
         gpu_memory_utilization: float = 0.85,
         kv_cache_gib: int = 1,
+        devices: Sequence[int] = (),
+        cores: str = "",
         timeout: float = 600.0,
     ) -> None:
         """
@@ -69,6 +73,8 @@ class Sidecar:
             max_num_seqs: responses decoded at one time, and the most samples a prompt.
             gpu_memory_utilization: share of a GPU's memory.
             kv_cache_gib: GiB of KV cache on a CPU.
+            devices: the GPUs that it sees, by their index on this machine; empty leaves the environment's.
+            cores: vLLM's VLLM_CPU_OMP_THREADS_BIND, the CPUs of each worker; empty leaves the choice to vLLM.
             timeout: seconds from `wait_until_ready()` to the first token.
         """
         self.key = secrets.token_urlsafe(32)
@@ -81,7 +87,9 @@ class Sidecar:
         self._port = port
         self._timeout = timeout
         self._keeper: subprocess.Popen[bytes] | None = None
-        self._kv_cache_gib = kv_cache_gib
+        self._terminated: float | None = None
+        self._log_start = 0
+        self._kv_cache_gib, self._devices, self._cores = kv_cache_gib, tuple(devices), cores
         self._flags = [
             *("--model", str(model_dir), "--dtype", dtype, "--seed", str(seed)),
             *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
@@ -104,9 +112,11 @@ class Sidecar:
         _free_port(self._port)
 
     def start(self) -> None:
-        """Starts the process tree and returns. Call it on the main thread: the kernel ties the keeper's life to the
-        thread that started it. Raises SidecarError for a Python without vLLM and for a port in use."""
-        assert self._keeper is None, "started twice"
+        """Starts the process tree, again where one has ended, and returns. Call it on the main thread: the kernel ties
+        the keeper's life to the thread that started it. Raises SidecarError for a Python without vLLM and for a port in
+        use."""
+        assert self.has_ended(), "started twice"
+        self.stop()
         assert threading.current_thread() is threading.main_thread(), "a sidecar dies with the thread that started it"
         require_vllm(self._python)
         port = _free_port(self._port)
@@ -118,6 +128,7 @@ class Sidecar:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         server = [str(self._python), "-m", "megatron_rlsc.rollout.serve", "--port", str(port), *self._flags]
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", keeper.__file__, str(os.getpid()), str(self.run_dir), *server],
                 stdin=subprocess.DEVNULL,
@@ -133,21 +144,25 @@ class Sidecar:
         Raises SidecarError at once when the process dies, and after `timeout` seconds.
         """
         deadline = time.monotonic() + self._timeout
-        request = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
         with httpx.Client(base_url=self.url, headers=bearer(self.key), trust_env=False) as http:
-            while (left := deadline - time.monotonic()) > 0:
+            while time.monotonic() < deadline:
                 self.check_alive()
                 try:
-                    answer = http.post("/inference/v1/generate", json=request, timeout=left)
-                except httpx.ConnectError:
+                    return generate_a_token(http)
+                except UnreachableError:
                     time.sleep(_POLL_SECONDS)  # it does not listen yet
-                    continue
-                except httpx.HTTPError as error:
-                    raise self._failure(f"broke off its first request ({type(error).__name__}: {error})") from error
-                if answer.status_code == httpx.codes.OK:
-                    return
-                raise self._failure(f"answered {answer.status_code} to its first request: {answer.text.strip()}")
-        raise self._failure(f"generated nothing within {self._timeout:g} s")
+                except RefusedError as error:
+                    self.check_alive(wait=DYING_SECONDS)
+                    raise self._failure(f"failed its first request ({error})") from error
+        raise self._failure(f"generated nothing within {self._timeout:g} s (--sidecar-timeout)")
+
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs: it was never started, or has ended, by itself or by `terminate`."""
+        if self._keeper is None or self._keeper.poll() is not None:
+            return True
+        if self._terminated is not None and time.monotonic() - self._terminated > keeper.GRACE_SECONDS + 5:
+            self._keeper.kill()  # the server follows it by its own parent-death signal
+        return False
 
     def check_alive(self, *, wait: float = 0.0) -> None:
         """Raises SidecarError if the sidecar has ended, or does so within `wait` seconds: call it wherever its death
@@ -161,16 +176,22 @@ class Sidecar:
         if status is not None:
             raise self._failure(f"ended with status {status}")
 
+    def last_words(self) -> str:
+        """The end of its log since its last start."""
+        return last_words(self.log_path, self._log_start)
+
+    def terminate(self) -> None:
+        """Has the keeper end the process tree, and returns: what hangs is killed after `keeper.GRACE_SECONDS`."""
+        if self._keeper is not None and self._terminated is None:
+            self._keeper.terminate()
+            self._terminated = time.monotonic()
+
     def stop(self) -> None:
         """Ends the process tree and removes its files; does nothing where there is none."""
-        if self._keeper is not None:
-            self._keeper.terminate()
-            try:
-                self._keeper.wait(keeper.GRACE_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                self._keeper.kill()  # the server follows it by its own parent-death signal
-                self._keeper.wait()
-            self._keeper = None
+        self.terminate()
+        while not self.has_ended():
+            time.sleep(0.02)
+        self._keeper = self._terminated = None
         if self.run_dir is not None:
             shutil.rmtree(self.run_dir, ignore_errors=True)  # the keeper has done it, if it got that far
             self.run_dir = None
@@ -201,13 +222,14 @@ class Sidecar:
                 "VLLM_CPU_KVCACHE_SPACE": str(self._kv_cache_gib),
             }
         )
+        if self._devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
+        if self._cores:
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", self._cores)
         return environment
 
     def _failure(self, what: str) -> SidecarError:
-        # Each of vLLM's processes passes an error on with its own traceback: without their frames the cause is seen.
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        shown = [line for line in lines if not _TRACEBACK_FRAME.match(line)][-LOG_LINES_SHOWN:]
-        return SidecarError("\n".join([f"the vLLM sidecar {what}. The end of {self.log_path}:", *shown]))
+        return SidecarError(f"the vLLM sidecar {what}. The end of {self.log_path}:\n{self.last_words()}")
 
 
 def require_vllm(python: Path) -> None:
@@ -220,6 +242,17 @@ def require_vllm(python: Path) -> None:
         raise SidecarError(f"no Python at {python} ({error.strerror}): {remedy}") from error
     if found.returncode != 0:
         raise SidecarError(f"{python} has no vLLM: {remedy}")
+
+
+def core_shares(replicas: int, tensor_parallel_size: int) -> list[str]:
+    """What each of so many replicas on CPUs is given for `cores`, so that they do not wait for each other's threads.
+    Empty where there is one replica, and where there are fewer CPUs than workers."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // (replicas * tensor_parallel_size)
+    if replicas == 1 or each == 0:
+        return [""] * replicas
+    workers = [",".join(map(str, cores[i * each : (i + 1) * each])) for i in range(replicas * tensor_parallel_size)]
+    return ["|".join(workers[i * tensor_parallel_size : (i + 1) * tensor_parallel_size]) for i in range(replicas)]
 
 
 def _free_port(port: int) -> int:

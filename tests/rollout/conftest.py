@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served_tiny import MAX_MODEL_LEN, TinyModel, build_client, build_tiny
+from served_tiny import MAX_MODEL_LEN, OneServerClient, TinyModel, build_client, build_tiny
 
-from megatron_rlsc.rollout.client import RolloutClient
+from megatron_rlsc.rollout.fleet import Fleet, Replica
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import WeightSync
 
@@ -35,12 +35,13 @@ def sidecar(sidecar_python: Path, tiny: TinyModel, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture
-def sync(sidecar: Sidecar) -> Iterator[WeightSync]:
-    sync = WeightSync(sidecar.url, key=sidecar.key, timeout=300)
+def sync(sidecar: Sidecar, tiny: TinyModel) -> Iterator[WeightSync]:
+    fleet = Fleet([Replica(index=0, url=sidecar.url, key=sidecar.key)])
+    sync = WeightSync(fleet, specs=tiny.specs(), timeout=300)
     yield sync
     sync.close()
 
 
 @pytest.fixture
-def client(sidecar: Sidecar) -> RolloutClient:
+def client(sidecar: Sidecar) -> OneServerClient:
     return build_client(sidecar.url, sidecar.key)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_rlsc.rollout.buckets import TensorSpec
 from megatron_rlsc.rollout.client import RolloutClient
+from megatron_rlsc.rollout.fleet import Fleet, Replica
 from megatron_rlsc.types import Prompt, Sample
 
 VOCAB_SIZE = 130
@@ -26,6 +30,11 @@ class TinyModel:
     def weights(self) -> dict[str, torch.Tensor]:
         """HF name -> a copy; no `lm_head.weight` where it is tied."""
         return {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+    def specs(self) -> list[TensorSpec]:
+        """What a push of `weights()` consists of."""
+        weights = self.weights().items()
+        return [TensorSpec(name=name, dtype=value.dtype, shape=tuple(value.shape)) for name, value in weights]
 
     def step(self) -> None:
         """What an optimizer does: every weight moves."""
@@ -86,18 +95,33 @@ PROMPTS = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneServerClient:
+    """Asks one server, taken for a holder of any version that is wanted: what it answers is the test's matter."""
+
+    fleet: Fleet
+    client: RolloutClient
+
+    def generate(self, prompts: Sequence[Prompt], *, step: int, version: str) -> list[Sample]:
+        self.fleet.replicas[0].version = version
+        return self.client.generate(prompts, step=step, version=version)
+
+
 def build_client(
     sidecar_url: str, key: str, *, stop_token_ids: tuple[int, ...] = (3, 5), seed: int = 1
-) -> RolloutClient:
-    client = RolloutClient(
-        sidecar_url,
-        key=key,
-        samples_per_prompt=4,
-        temperature=TEMPERATURE,
-        max_response_length=24,
-        stop_token_ids=stop_token_ids,
-        seed=seed,
-        timeout=300,
-    )
-    client.connect(longest_prompt=max(len(prompt.token_ids) for prompt in PROMPTS))
-    return client
+) -> OneServerClient:
+    fleet = Fleet([Replica(index=0, url=sidecar_url, key=key)])
+    return OneServerClient(fleet=fleet, client=build_fleet_client(fleet, stop_token_ids=stop_token_ids, seed=seed))
+
+
+def build_fleet_client(fleet: Fleet, **arguments: Any) -> RolloutClient:
+    """Four samples a prompt, of 24 tokens at most, unless the arguments say otherwise."""
+    defaults = {
+        "samples_per_prompt": 4,
+        "temperature": TEMPERATURE,
+        "max_response_length": 24,
+        "stop_token_ids": (3, 5),
+        "seed": 1,
+        "timeout": 300,
+    }
+    return RolloutClient(fleet, **{**defaults, **arguments})

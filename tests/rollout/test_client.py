@@ -1,20 +1,27 @@
-"""The client against a server that we write here: what it sends, and every malformed answer. No vLLM."""
+"""The client against servers that we write here: what it sends, every malformed answer, how prompts are spread over
+replicas, and what becomes of those of a replica that fails. No vLLM; test_faults.py has the real one."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from megatron_rlsc.rollout.client import RolloutClient, RolloutError, request_seed
+from megatron_rlsc.rollout.client import RolloutClient
+from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
+from megatron_rlsc.rollout.fleet import Fleet, Replica
+from megatron_rlsc.rollout.request import RolloutError, request_seed
 from megatron_rlsc.rollout.responses import MalformedAnswerError, StaleSampleError
 from megatron_rlsc.types import Prompt
 
-Handler = Callable[[httpx.Request], httpx.Response]
+Handler = Callable[[httpx.Request], httpx.Response | Awaitable[httpx.Response]]
 STOP, OTHER_STOP, VERSION, LIMIT = 3, 5, "run:7", 4
 PROMPTS = [Prompt(index=8, text="", token_ids=(1, 2)), Prompt(index=6, text="", token_ids=(1,))]
 
@@ -33,18 +40,23 @@ GOOD = {"choices": [choice(1, [STOP], "stop"), choice(0, [9, 9, 9, 9], "length")
 """Out of order, as vLLM may answer; the stop token alone, and a response cut at the limit."""
 
 
-def build_client(handler: Handler) -> RolloutClient:
-    return RolloutClient(
-        "http://sidecar",
-        key="secret",
-        samples_per_prompt=2,
-        temperature=0.5,
-        max_response_length=LIMIT,
-        stop_token_ids=(OTHER_STOP, STOP),
-        seed=1,
-        timeout=1,
-        transport=httpx.MockTransport(handler),
-    )
+def build_fleet(replicas: int = 1) -> Fleet:
+    """Of servers of others, all of which hold VERSION."""
+    return Fleet([Replica(index=i, url=f"http://{i}", key="secret", version=VERSION) for i in range(replicas)])
+
+
+def build_client(handler: Handler, fleet: Fleet | None = None, **changes: Any) -> RolloutClient:
+    arguments: dict[str, Any] = {
+        "samples_per_prompt": 2,
+        "temperature": 0.5,
+        "max_response_length": LIMIT,
+        "stop_token_ids": (OTHER_STOP, STOP),
+        "seed": 1,
+        "timeout": 5,
+        "poll_seconds": 0.01,
+        "transport": httpx.MockTransport(handler),
+    }
+    return RolloutClient(fleet or build_fleet(), **{**arguments, **changes})
 
 
 def test_a_good_answer_becomes_samples() -> None:
@@ -63,7 +75,8 @@ def test_the_request_asks_for_the_uncut_distribution_and_one_stop_set() -> None:
     requests: list[httpx.Request] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
-        requests.append(request)
+        if request.url.path != "/metrics":
+            requests.append(request)
         return httpx.Response(200, json=GOOD)
 
     build_client(handler).generate(PROMPTS[:1], step=5, version=VERSION)
@@ -163,60 +176,180 @@ def test_an_answer_is_not_asked_for_twice() -> None:
 
     with pytest.raises(RolloutError, match=r"answered 400: .*n must be at most 1"):
         build_client(handler).generate(PROMPTS[:1], step=0, version=VERSION)
-    assert paths == ["/inference/v1/generate"]
-
-
-def test_a_server_that_is_not_there() -> None:
-    client = RolloutClient(
-        "http://127.0.0.1:9",
-        key="k",
-        samples_per_prompt=1,
-        temperature=1.0,
-        max_response_length=1,
-        stop_token_ids=(0,),
-        seed=0,
-        timeout=5,
-    )
-    with pytest.raises(RolloutError, match=r"GET http://127\.0\.0\.1:9/health: ConnectError"):
-        client.connect(longest_prompt=1)
-
-
-def serving(model: str, unlocked_status: int) -> Handler:
-    def handler(request: httpx.Request) -> httpx.Response:
-        if request.headers.get("Authorization") != "Bearer secret":
-            return httpx.Response(unlocked_status)
-        return httpx.Response(200, json={"data": [{"id": model, "max_model_len": 10}]})
-
-    return handler
-
-
-def test_a_server_without_a_lock_is_refused() -> None:
-    with pytest.raises(RolloutError, match="answers 200 to a request without the key"):
-        build_client(serving("policy", 200)).connect(longest_prompt=6)
-
-
-def test_a_server_that_is_not_ours_is_refused() -> None:
-    with pytest.raises(RolloutError, match="serves Qwen, not 'policy'"):
-        build_client(serving("Qwen", 401)).connect(longest_prompt=6)
-
-
-def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
-    client = build_client(serving("policy", 401))
-    client.connect(longest_prompt=6)
-    long = Prompt(index=0, text="", token_ids=(1,) * 7)
-    with pytest.raises(RolloutError, match="a prompt of 7 tokens and a response of 4 need 11, the sidecar holds 10"):
-        client.generate([long], step=0, version=VERSION)
+    assert [path for path in paths if path != "/metrics"] == ["/inference/v1/generate"]
 
 
 def test_an_empty_stop_set_is_refused() -> None:
     with pytest.raises(ValueError, match="stop_token_ids is empty"):
-        RolloutClient(
-            "http://sidecar",
-            key="k",
-            samples_per_prompt=1,
-            temperature=1.0,
-            max_response_length=1,
-            stop_token_ids=(),
-            seed=0,
-            timeout=1,
-        )
+        build_client(lambda request: httpx.Response(200), stop_token_ids=())
+
+
+# Several replicas
+
+
+MANY = [Prompt(index=i, text="", token_ids=(1,) * 10) for i in range(12)]
+
+
+class Servers:
+    """What several replicas answer, each as its own function of (group) -> response says; and what they were asked."""
+
+    def __init__(self, *behaviours: Callable[[int], Awaitable[httpx.Response]]) -> None:
+        self.behaviours = behaviours
+        self.asked: list[tuple[int, int]] = []
+        """(replica, group)"""
+        self.seeds: dict[int, set[int]] = {}
+        """{group: seeds}"""
+        self.well = [True] * len(behaviours)
+        self.metrics = [""] * len(behaviours)
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        replica = int(request.url.host)
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text=self.metrics[replica])
+        if request.url.path == "/health":
+            return httpx.Response(200 if self.well[replica] else 503)
+        body = json.loads(request.content)
+        group = int(body["request_id"].split("-")[3])
+        self.asked.append((replica, group))
+        self.seeds.setdefault(group, set()).add(body["sampling_params"]["seed"])
+        return await self.behaviours[replica](group)
+
+
+def after(seconds: float) -> Callable[[int], Awaitable[httpx.Response]]:
+    async def answer(group: int) -> httpx.Response:
+        await asyncio.sleep(seconds)
+        return httpx.Response(200, json=GOOD)
+
+    return answer
+
+
+async def break_off(group: int) -> httpx.Response:
+    raise httpx.ReadError("connection reset")
+
+
+async def fail(group: int) -> httpx.Response:
+    return httpx.Response(500, text="the engine is dead")
+
+
+def test_a_slow_replica_is_given_less() -> None:
+    """Room for one prompt's two sequences, and one more waits: a replica ten times as fast does most of the work, and
+    the slow one is never given more than it can hold."""
+    servers = Servers(after(0.3), after(0.01))
+    samples = build_client(servers, build_fleet(2), max_num_seqs=2).generate(MANY, step=0, version=VERSION)
+    assert [(sample.group, sample.sample) for sample in samples] == [(g, s) for g in range(12) for s in range(2)]
+    assert sum(replica == 0 for replica, _ in servers.asked) == 2
+
+
+def test_groups_are_handed_over_as_they_end() -> None:
+    release = threading.Event()
+
+    async def answer(group: int) -> httpx.Response:
+        while group == 0 and not release.is_set():
+            await asyncio.sleep(0.01)
+        return httpx.Response(200, json=GOOD)
+
+    stream = build_client(Servers(answer)).stream(MANY[:4], step=0, version=VERSION)
+    before = [next(stream)[0].group for _ in range(3)]
+    release.set()
+    assert sorted(before) == [1, 2, 3]
+    assert [group[0].group for group in stream] == [0]
+
+
+def test_a_consumer_that_stops_stops_the_requests() -> None:
+    cancelled = threading.Event()
+
+    async def answer(group: int) -> httpx.Response:
+        try:
+            await asyncio.sleep(60 if group else 0)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return httpx.Response(200, json=GOOD)
+
+    stream = build_client(Servers(answer)).stream(MANY[:2], step=0, version=VERSION)
+    assert next(stream)[0].group == 0
+    began = time.monotonic()
+    stream.close()
+    assert cancelled.is_set()
+    assert time.monotonic() - began < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]
+
+
+@pytest.mark.parametrize("failure", [break_off, fail])
+def test_the_prompts_of_a_lost_replica_go_to_the_others(failure: Callable[[int], Awaitable[httpx.Response]]) -> None:
+    servers, fleet = Servers(failure, after(0.01)), build_fleet(2)
+    servers.well[0] = False
+    samples = build_client(servers, fleet).generate(MANY, step=0, version=VERSION)
+    assert len(samples) == 24
+    assert all(len(seeds) == 1 for seeds in servers.seeds.values()), "another attempt has another seed"
+    assert [replica.state for replica in fleet.replicas] == ["away", "ready"]
+    assert [replica.version for replica in fleet.replicas] == ["", VERSION]
+    assert fleet.replicas[0].reason.startswith("POST http://0/inference/v1/generate")
+
+
+def test_a_broken_connection_to_a_replica_that_is_well_is_tried_again_within_a_bound() -> None:
+    broken: list[int] = []
+
+    async def answer(group: int) -> httpx.Response:
+        if group == 3 and len(broken) < 2:
+            broken.append(group)
+            raise httpx.ReadError("connection reset")
+        return httpx.Response(200, json=GOOD)
+
+    servers, fleet = Servers(answer), build_fleet()
+    assert len(build_client(servers, fleet).generate(MANY, step=0, version=VERSION)) == 24
+    assert broken == [3, 3]
+    assert fleet.replicas[0].state == "ready"
+
+    with pytest.raises(RolloutError, match=r"prompt 0 \(group 0\) has had no answer in 3 attempts, .*connection reset"):
+        build_client(Servers(break_off)).generate(MANY[:1], step=0, version=VERSION)
+
+
+def test_an_error_of_a_living_replica_is_final() -> None:
+    servers, fleet = Servers(fail, after(0.01)), build_fleet(2)
+    with pytest.raises(RolloutError, match="answered 500: the engine is dead"):
+        build_client(servers, fleet).generate(MANY, step=0, version=VERSION)
+    assert [replica.state for replica in fleet.replicas] == ["ready", "ready"]
+
+
+def test_when_all_that_hold_the_version_are_lost_another_push_is_wanted() -> None:
+    servers, fleet = Servers(fail, after(0.01)), build_fleet(2)
+    servers.well[0] = False
+    fleet.replicas[1].version = "another"
+    client = build_client(servers, fleet)
+    with pytest.raises(NoReplicaLeftError, match="no replica is left that holds the step's weights"):
+        client.generate(MANY, step=0, version=VERSION)
+    with pytest.raises(NoReplicaLeftError, match=f"no replica holds the weights of version '{VERSION}'"):
+        client.generate(MANY, step=0, version=VERSION)
+    assert all(replica == 0 for replica, _ in servers.asked), "a replica with other weights was asked"
+
+
+def test_a_replica_that_generates_nothing_is_lost() -> None:
+    """Its figures are there, and stand still; /health would be 200."""
+    servers, fleet = Servers(after(60), after(0.01)), build_fleet(2)
+    servers.metrics[0] = "vllm:generation_tokens_total 7.0"
+    samples = build_client(servers, fleet, stall_timeout=0.3).generate(MANY, step=0, version=VERSION)
+    assert len(samples) == 24
+    assert fleet.replicas[0].state == "away"
+    assert "has generated nothing for" in fleet.replicas[0].reason
+
+
+def test_a_replica_that_generates_slowly_is_not_lost() -> None:
+    servers, fleet = Servers(after(1.0)), build_fleet()
+
+    class Growing(list[str]):
+        def __getitem__(self, index: Any) -> str:
+            return f"vllm:generation_tokens_total {time.monotonic()}e3"
+
+    servers.metrics = Growing()
+    assert len(build_client(servers, fleet, stall_timeout=0.3).generate(MANY[:1], step=0, version=VERSION)) == 2
+    assert fleet.replicas[0].state == "ready"
+
+
+def test_a_prompt_that_is_not_answered_in_time_loses_the_replica() -> None:
+    async def answer(group: int) -> httpx.Response:
+        raise httpx.ReadTimeout("")
+
+    servers, fleet = Servers(answer, after(0.01)), build_fleet(2)
+    assert len(build_client(servers, fleet).generate(MANY, step=0, version=VERSION)) == 24
+    assert "not answered a prompt in time (--rollout-timeout)" in fleet.replicas[0].reason

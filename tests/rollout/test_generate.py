@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from served_tiny import PROMPTS, VOCAB_SIZE, TinyModel, build_client
+from served_tiny import MAX_MODEL_LEN, PROMPTS, VOCAB_SIZE, OneServerClient, TinyModel, build_client
 
-from megatron_rlsc.rollout.client import RolloutClient, RolloutError, request_seed
+from megatron_rlsc.rollout.admission import RefusedError, admit
+from megatron_rlsc.rollout.request import request_seed
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.weight_sync import WeightSync
 from megatron_rlsc.types import Prompt
@@ -16,7 +17,7 @@ def likely_tokens(tiny: TinyModel, count: int) -> tuple[int, ...]:
     return tuple(tiny.logprobs(PROMPTS[0].token_ids)[-1].topk(count).indices.tolist())
 
 
-def test_order_and_identity(tiny: TinyModel, sync: WeightSync, client: RolloutClient) -> None:
+def test_order_and_identity(tiny: TinyModel, sync: WeightSync, client: OneServerClient) -> None:
     version = sync.push(tiny.weights().items())
     samples = client.generate(PROMPTS, step=3, version=version)
     assert [(sample.group, sample.sample) for sample in samples] == [(g, s) for g in range(3) for s in range(4)]
@@ -53,7 +54,7 @@ def test_only_the_given_stop_set_stops(sidecar: Sidecar, tiny: TinyModel, sync: 
 
 
 def test_generation_config_does_not_bend_the_distribution(
-    tiny: TinyModel, sync: WeightSync, client: RolloutClient
+    tiny: TinyModel, sync: WeightSync, client: OneServerClient
 ) -> None:
     """The served folder asks for top_k 1, which would make siblings equal; /v1/completions would heed it."""
     version = sync.push(tiny.weights().items())
@@ -61,11 +62,11 @@ def test_generation_config_does_not_bend_the_distribution(
     assert len({sample.response_token_ids for sample in siblings}) > 1
 
 
-def test_the_seed_decides(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync, client: RolloutClient) -> None:
+def test_the_seed_decides(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync, client: OneServerClient) -> None:
     """Same run seed and step, same samples (one batch composition, one machine); another of either, others."""
     version = sync.push(tiny.weights().items())
 
-    def tokens(client: RolloutClient, step: int) -> list[tuple[int, ...]]:
+    def tokens(client: OneServerClient, step: int) -> list[tuple[int, ...]]:
         return [sample.response_token_ids for sample in client.generate(PROMPTS, step=step, version=version)]
 
     reference = tokens(client, 0)
@@ -74,16 +75,13 @@ def test_the_seed_decides(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync, c
     assert tokens(build_client(sidecar.url, sidecar.key, seed=2), 0) != reference
 
 
-def test_what_does_not_fit_is_refused_at_the_start(sidecar: Sidecar, client: RolloutClient) -> None:
-    """vLLM would cut the response in silence."""
-    client.connect(longest_prompt=296)  # + 24 = 320, max_model_len
-    with pytest.raises(RolloutError, match=r"297 tokens and a response of 24 need 321, the sidecar holds 320"):
-        client.connect(longest_prompt=297)
-
-
-def test_a_wrong_key_is_named(sidecar: Sidecar) -> None:
-    with pytest.raises(RolloutError, match="answered 401"):
-        build_client(sidecar.url, "wrong")
+def test_the_real_server_is_admitted_with_its_key_and_for_what_it_holds(sidecar: Sidecar) -> None:
+    """vLLM would cut a longer response in silence."""
+    admit(sidecar.url, sidecar.key, longest=MAX_MODEL_LEN)
+    with pytest.raises(RefusedError, match=rf"need 321 tokens, {sidecar.url} holds 320"):
+        admit(sidecar.url, sidecar.key, longest=MAX_MODEL_LEN + 1)
+    with pytest.raises(RefusedError, match=f"{sidecar.url} refuses our key"):
+        admit(sidecar.url, "wrong", longest=1)
 
 
 def test_more_prompt_tokens_at_once_than_a_pass_takes(sidecar: Sidecar, tiny: TinyModel, sync: WeightSync) -> None:
