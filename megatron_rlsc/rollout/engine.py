@@ -70,20 +70,26 @@ class Inspection:
         directory = str(private_directory()) if PUSH_DIR_VARIABLE in os.environ else ""
         return {"directory": directory, "device": self.device.type, "host": socket.gethostname()}  # type: ignore[attr-defined]
 
+    def abandon_update(self) -> None:
+        """Forgets a push that broke off, so that the next one may start: vLLM ends one by an error or a finish alone."""
+        if self._weight_update_active:  # type: ignore[has-type]
+            self._weight_update_active = False
+            self.weight_transfer_engine.reset_weight_update_target()  # type: ignore[attr-defined]
+
     def live_checksums(self) -> dict[str, str]:
         """Checksums of live parameters that vLLM keeps under HF's name and as HF has them, whatever the backend: the
         norms. Linears may be packed, fused or cut."""
         model = self.model_runner.model  # type: ignore[attr-defined]
         return {
-            name: checksum(value.detach().contiguous().view(torch.uint8))
+            name: "not loaded" if value.is_meta else checksum(value.detach().contiguous().view(torch.uint8))
             for name, value in model.named_parameters()
             if value.dim() == 1 and name.endswith("norm.weight")
         }
 
 
 class BucketTransferEngine(WeightTransferEngine[TransferInit, BucketUpdate]):
-    """Loads a whole model, bucket by bucket. What is announced is compared with the model before it is touched; a push
-    that breaks off after that leaves a worker that takes no other: its sidecar must be restarted."""
+    """Loads a whole model, bucket by bucket. What is announced is compared with the model before it is touched. A push
+    that breaks off after that leaves a model that nobody may ask anything, until a whole push has mended it."""
 
     init_info_cls = TransferInit
     update_info_cls = BucketUpdate
@@ -118,8 +124,8 @@ class BucketTransferEngine(WeightTransferEngine[TransferInit, BucketUpdate]):
         self._init = init_info
 
     def start_weight_update(self) -> None:
-        if self._touched:
-            raise RuntimeError("an earlier push broke off inside the model: restart this sidecar")
+        if self._touched:  # an earlier push broke off: its layers are closed as they are, to be opened anew
+            finalize_layerwise_reload(self.model, self.model_config)
         self._announced, self._loaded, self._received = False, set(), set()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:

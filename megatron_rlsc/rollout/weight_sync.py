@@ -38,6 +38,7 @@ from megatron_rlsc.rollout.transport import (
 )
 from megatron_rlsc.rollout.wire import bearer
 
+HEALTH_ATTEMPTS = 3
 HEALTH_SECONDS = 10.0
 """What a replica that has refused a phase is given to say that its engine lives."""
 
@@ -232,6 +233,7 @@ class _Link:
         if self._channel is None:
             self._channel = self._open()
         self._post("pause", "/pause", params={"mode": "abort"})
+        self._ask_workers("start", "abandon_update")  # where an earlier push broke off
         self._post("start", "/start_weight_update")
         self._update("start", {"announced": [spec.to_json() for spec in specs]})
 
@@ -320,9 +322,13 @@ class _Link:
         raise LostReplica(what) if self._is_dead() else SyncError(what)
 
     def _is_dead(self) -> bool:
-        """Whether the engine behind a refusal has died; the server outlives it for a moment."""
-        with suppress(httpx.HTTPError):
-            return self._http.get("/health", timeout=HEALTH_SECONDS).status_code != httpx.codes.OK
+        """Whether the engine behind a refusal has died; the server outlives it for a moment.
+
+        Asked more than once: behind an error of its own, the server closes the connection.
+        """
+        for _ in range(HEALTH_ATTEMPTS):
+            with suppress(httpx.HTTPError):
+                return self._http.get("/health", timeout=HEALTH_SECONDS).status_code != httpx.codes.OK
         return True
 
     @contextmanager
