@@ -1,7 +1,7 @@
 # `make test` is what CI runs. Ready environments may be named:
 #     make test TRAINER_PYTHON=/path/to/python RLSC_SIDECAR_PYTHON=/path/to/python
 
-.PHONY: test test-gpu lint format clean environments
+.PHONY: test test-faults test-gpu lint format clean environments
 
 ifndef TRAINER_PYTHON
 TRAINER_PYTHON := $(CURDIR)/.venv/bin/python
@@ -14,6 +14,10 @@ export RLSC_SIDECAR_PYTHON ?= $(CURDIR)/.venv-sidecar/bin/python
 
 test: lint
 	$(TRAINER_PYTHON) -m pytest
+
+# What is too long for every commit: every process of a sidecar killed and stopped in turn.
+test-faults: $(ENVIRONMENTS)
+	$(TRAINER_PYTHON) -m pytest tests/rollout -m faults
 
 # On a machine with a GPU; without one every test says why it is skipped.
 test-gpu: $(ENVIRONMENTS)

@@ -46,6 +46,8 @@ class Replica:
     """The fleet's."""
     reason: str = ""
     """Why it was lost last, with the end of its log."""
+    losses: int = 0
+    """How often it has been lost: what was agreed with it before that (a process group, a directory) is void."""
 
     def __str__(self) -> str:
         return f"replica {self.index} ({self.url})"
@@ -188,6 +190,7 @@ class Fleet:
 
     def _fail(self, replica: Replica, reason: str) -> None:
         replica.version, replica.reason = "", reason
+        replica.losses += 1
         if replica.sidecar is None:
             replica.state, then = "away", f"it is tried again every {self._retry_seconds:g} s"
             self._try_again_at[replica.index] = time.monotonic() + self._retry_seconds

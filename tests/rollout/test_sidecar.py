@@ -1,6 +1,6 @@
 """The sidecar's life: what stops it from starting, and what becomes of it when the trainer is killed.
 
-Not covered: GPUs, several replicas, a sidecar that hangs without dying.
+Not covered: GPUs. Several replicas, and sidecars that hang or die while they are needed, are test_faults.py's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import descendants, is_running
 from served_tiny import MAX_MODEL_LEN, PROMPTS, YARN, TinyModel, build_client, build_tiny
 
-from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
+from megatron_rlsc.rollout.fleet import Fleet, Replica
+from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError, core_shares
 from megatron_rlsc.rollout.weight_sync import WeightSync
 
 
@@ -67,9 +69,11 @@ def test_a_sidecar_that_dies_at_the_start_shows_its_last_words(sidecar_python: P
 
 
 def test_a_failure_inside_the_engine_is_shown_too(sidecar_python: Path, tiny: TinyModel, tmp_path: Path) -> None:
-    """vLLM's last word is then only that its engine failed, after a hundred lines of tracebacks."""
+    """vLLM's last word is then only that its engine failed, after a hundred lines of tracebacks. Here it is for want of
+    memory, so the flags that decide on it are named too."""
     with build_sidecar(sidecar_python, tiny.folder, tmp_path, kv_cache_gib=1 << 20) as sidecar:
-        with pytest.raises(SidecarError, match=r"(?s)ended with status 1.*requested memory.*1048576\.0 GiB"):
+        cause = r"ended with status 1.*requested memory.*1048576\.0 GiB.*--sidecar-kv-cache-gib"
+        with pytest.raises(SidecarError, match=f"(?s){cause}"):
             sidecar.wait_until_ready()
 
 
@@ -112,7 +116,8 @@ def test_a_killed_trainer_leaves_nothing_behind(
     assert trainer.stdout is not None
     url, key, run_dir = trainer.stdout.readline().split()
 
-    sync = WeightSync(url, key=key, timeout=300)
+    fleet = Fleet([Replica(index=0, url=url, key=key)])
+    sync = WeightSync(fleet, specs=tiny.specs(), timeout=300)
     for _ in range(2):
         version = sync.push(tiny.weights().items())
         samples = build_client(url, key).generate(PROMPTS, step=0, version=version)
@@ -132,14 +137,6 @@ def test_a_killed_trainer_leaves_nothing_behind(
     assert [path for path in left_behind if path.exists()] == []
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
 def mapped_shared_memory(pids: list[int]) -> set[Path]:
     names: list[str] = []
     for pid in pids:
@@ -147,10 +144,19 @@ def mapped_shared_memory(pids: list[int]) -> set[Path]:
     return set(map(Path, names))
 
 
-def is_running(pid: int) -> bool:
-    """Zombies, which a container's process 1 may never collect, have ended."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+@pytest.mark.parametrize(
+    ("replicas", "tensor_parallel_size", "shares"),
+    [
+        (1, 1, [""]),  # vLLM's own choice, which knows NUMA nodes
+        (1, 2, [""]),
+        (2, 1, ["0,1", "2,3"]),
+        (2, 2, ["0|1", "2|3"]),
+        (3, 1, ["0", "1", "2"]),
+        (5, 1, [""] * 5),
+    ],
+)
+def test_replicas_on_cpus_have_cores_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, replicas: int, tensor_parallel_size: int, shares: list[str]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 0, 2})
+    assert core_shares(replicas, tensor_parallel_size) == shares
