@@ -202,7 +202,7 @@ class Fleet:
         else:
             replica.sidecar.terminate()
             replica.state, then = "out", f"it stays out (--sidecar-restarts {self._restarts} are used up)"
-        _say(f"{replica} is lost, {then}: {reason}")
+        _say(f"{replica} is lost, {then}: {reason.splitlines()[0]}")
         if all(other.state == "out" for other in self.replicas):
             raise self._lost_all(f"--sidecar-restarts {self._restarts} are used up")
 

@@ -30,6 +30,9 @@ PROMPTS = [Prompt(index=i, text="", token_ids=(2 + i, 7, 100 - i)) for i in rang
 NEVER = 1
 """The one stop token, which the model hardly ever says: responses are long, and there is time to fail in."""
 
+CLOSE = 1e-3
+"""Nats. 200 tokens at T=0.5 of a model made of noise differ by 1e-4 or 2e-4 in float32, other weights by whole nats."""
+
 
 class Run:
     """A fleet of replicas that are ours, with what a trainer has of it."""
@@ -109,7 +112,7 @@ def test_two_replicas_share_a_step(pair: Run) -> None:
     samples = pair.client().generate(PROMPTS, step=0, version=version)
     after = [generated_tokens(replica) for replica in pair.fleet.replicas]
     assert len(samples) == 4 * len(PROMPTS)
-    assert pair.tiny.largest_difference(samples) < 1e-4
+    assert pair.tiny.largest_difference(samples) < CLOSE
     shares = [now - then for now, then in zip(after, before)]
     assert sum(shares) == sum(len(sample.response_token_ids) for sample in samples)
     assert min(shares) > sum(shares) / 4, f"of {sum(shares)} tokens the replicas generated {shares}"
@@ -132,7 +135,7 @@ def assert_back_with_the_next_push(run: Run, victim: Replica, tree: dict[str, in
     assert [replica.version for replica in run.fleet.replicas] == [version] * len(run.fleet.replicas)
     before = generated_tokens(victim)
     samples = run.client().generate(PROMPTS, step=2, version=version)
-    assert run.tiny.largest_difference(samples) < 1e-4
+    assert run.tiny.largest_difference(samples) < CLOSE
     assert generated_tokens(victim) > before
 
 
@@ -142,7 +145,7 @@ def test_a_replica_whose_engine_is_killed_is_replaced_and_comes_back(pair: Run) 
     tree, run_dir, url = processes(sidecar), sidecar.run_dir, sidecar.url
     assert tree.keys() == {"keeper", "server", "engine", "worker 0"}
     samples, victim = generate_while(pair, signal.SIGKILL, "engine")
-    assert pair.tiny.largest_difference(samples) < 1e-4
+    assert pair.tiny.largest_difference(samples) < CLOSE
     assert f"POST {url}/inference/v1/generate" in victim.reason
     assert "EngineDeadError" in victim.reason, "the end of its log tells of no dead engine"
     assert_back_with_the_next_push(pair, victim, tree, run_dir)
@@ -152,7 +155,7 @@ def test_a_replica_whose_engine_hangs_is_replaced(pair: Run) -> None:
     """A stopped engine leaves the server answering, /health with 200."""
     pair.wait_until_all_are_back()
     samples, victim = generate_while(pair, signal.SIGSTOP, "engine", stall_timeout=3)
-    assert pair.tiny.largest_difference(samples) < 1e-4
+    assert pair.tiny.largest_difference(samples) < CLOSE
     assert "it has generated nothing for" in victim.reason
 
 
@@ -166,7 +169,7 @@ def test_every_process_killed_and_stopped(pair: Run, fault: int, name: str) -> N
     assert sidecar is not None and sidecar.run_dir is not None
     tree, run_dir = processes(sidecar), sidecar.run_dir
     samples, victim = generate_while(pair, fault, name, stall_timeout=3)
-    assert pair.tiny.largest_difference(samples) < 1e-4
+    assert pair.tiny.largest_difference(samples) < CLOSE
     if (name, fault) == ("keeper", signal.SIGSTOP):
         assert victim.state == "ready"
         pair.fleet.lose(victim, "the test says so")
