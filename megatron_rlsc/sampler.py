@@ -20,7 +20,7 @@ from megatron_rlsc.data import PromptSource
 from megatron_rlsc.disk import free_bytes, readable
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.planning import check_token_budget
-from megatron_rlsc.rollout.buckets import TensorSpec
+from megatron_rlsc.rollout.buckets import TensorSpec, largest_bucket
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.rollout.fleet import Fleet, Replica
@@ -218,10 +218,13 @@ def build_sampler(config: Config, model_dir: Path, shape: ModelShape) -> Sampler
     longest = prompts.longest_prompt + rollout.max_response_length
     check_token_budget(longest, config.parallel, max_tokens=config.train.max_tokens_per_micro_batch)
     fleet = _build_fleet(config, model_dir, longest)
-    if not rollout.rollout_urls:
-        _require_room_for_a_push(shape.num_parameters * (2 if config.model.bf16 else 4))
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     specs = [TensorSpec(name=name, dtype=dtype, shape=size) for name, size in shape.hf_tensors().items()]
+    through_files = rollout.weight_transport == "file" or (
+        rollout.weight_transport == "auto" and not torch.cuda.is_available()
+    )
+    if through_files and not rollout.rollout_urls:
+        _require_room_for_a_push(rollout.sidecar_replicas * largest_bucket(specs))
     return VllmSampler(rollout, prompts, specs=specs, fleet=fleet, stop_token_ids=stops)
 
 
@@ -273,6 +276,6 @@ def _require_room_for_a_push(nbytes: int) -> None:
     folder = memory_backed_root() or Path(tempfile.gettempdir())
     if nbytes > (free := free_bytes(folder)):
         raise ValueError(
-            f"{folder} has {readable(free)} free, and the weights on their way to the sidecar take {readable(nbytes)} "
+            f"{folder} has {readable(free)} free, and the weights on their way to the sidecars take {readable(nbytes)} "
             f"there: give it more (docker run --shm-size, or mount -o remount,size=... {folder})"
         )

@@ -188,7 +188,7 @@ class StepStats:
     pushes: int = _tag("sync/pushes")
     """Weight updates that the sampler has had since the run began or was resumed."""
     probe_difference: float = _tag("sync/probe_difference")
-    """After the last of them: the largest |log p| difference, of any replica, of a token of a fixed prompt; nats at T=1."""
+    """After the last of them: the largest |log p| difference of a token of a fixed prompt, of any replica; T=1."""
     tokens_per_second: float = _tag("speed/tokens_per_second")
     """Response tokens over the whole step's seconds."""
     seconds: Mapping[str, float]

@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_shared_memory_are_refused(disk: Path, sidecar_p
     start = (sys.executable, "-m", "megatron_rlsc", *golden, f"--sidecar-python={sidecar_python}")
     script = 'mount -t tmpfs -o size=64K none /dev/shm\n"$@" || ls "$DISK"'
     done = on_a_small_disk(50_000_000, script, *start, f"--output-dir={disk / 'run'}")
-    told = "/dev/shm has 65.5 kB free, and the weights on their way to the sidecar take 1.3 MB there: give it more"
+    told = "/dev/shm has 65.5 kB free, and the weights on their way to the sidecars take 1.3 MB there: give it more"
     assert told in done.stderr
     assert done.stdout == ""
 

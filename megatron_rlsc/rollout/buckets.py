@@ -105,6 +105,11 @@ def bucket_nbytes(specs: Iterable[TensorSpec]) -> int:
     return sum(round_up(spec.nbytes) for spec in specs)
 
 
+def largest_bucket(specs: Sequence[TensorSpec]) -> int:
+    """Bytes of the largest bucket that these tensors can come in."""
+    return max(min(BUCKET_BYTES, bucket_nbytes(specs)), *(round_up(spec.nbytes) for spec in specs))
+
+
 def checksum(data: Tensor) -> str:
     """Of bytes on any device, at the speed of its memory: the sum of their 64-bit words, and the sum of the words times
     their places, modulo 2^64, as 32 hex digits.

@@ -71,7 +71,7 @@ class Inspection:
         return {"directory": directory, "device": self.device.type, "host": socket.gethostname()}  # type: ignore[attr-defined]
 
     def abandon_update(self) -> None:
-        """Forgets a push that broke off, so that the next one may start: vLLM ends one by an error or a finish alone."""
+        """Forgets a push that broke off, so that another may start: vLLM ends one by an error or a finish alone."""
         if self._weight_update_active:  # type: ignore[has-type]
             self._weight_update_active = False
             self.weight_transfer_engine.reset_weight_update_target()  # type: ignore[attr-defined]

@@ -8,10 +8,14 @@ is bytes.
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +24,11 @@ from torch import Tensor
 Backend = Literal["nccl", "gloo"]
 SENDER = 0
 """Its rank; the workers follow in theirs."""
+ALL_HERE = 16
+"""Bytes of the first transfer, which says that everybody is there."""
 POLL_SECONDS = 0.001
+
+T = TypeVar("T")
 
 
 class Rendezvous:
@@ -71,18 +79,10 @@ class TransferGroup:
             address: the sender's, with the `port` of its rendezvous.
             device: where the buckets are.
         """
-        limit = timedelta(seconds=timeout)
         self._timeout = timeout
-        store = dist.PrefixStore(backend, dist.TCPStore(address, port, is_master=False, timeout=limit))
-        if backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout, options._threads = limit, 1
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(address))]
-            self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, options)
-        else:
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = limit
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, nccl)
+        self._group = _within(
+            timeout, lambda: _meet(backend, address, port, rank, world_size, timedelta(seconds=timeout))
+        )
         self.broadcast(torch.zeros(ALL_HERE, dtype=torch.uint8, device=device))  # NCCL meets at the first transfer
 
     def broadcast(self, data: Tensor, *, stop: object = None) -> None:
@@ -107,8 +107,34 @@ class TransferGroup:
         self._group.abort()
 
 
-ALL_HERE = 16
-"""Bytes of the first transfer, which says that everybody is there."""
+def _meet(backend: Backend, address: str, port: int, rank: int, world_size: int, limit: timedelta) -> Any:
+    store = dist.PrefixStore(backend, dist.TCPStore(address, port, is_master=False, timeout=limit))
+    if backend == "gloo":
+        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        gloo._timeout, gloo._threads = limit, 1
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(address))]
+        return dist.ProcessGroupGloo(store, rank, world_size, gloo)
+    nccl = dist.ProcessGroupNCCL.Options()
+    nccl._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, world_size, nccl)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call that may never return: TCPStore waits for ever for the answer of a server that hangs. Its
+    thread is then left behind, and ends with the connection."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - the caller's to judge
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        return found.result(seconds)
+    except FutureTimeoutError:
+        raise RuntimeError(f"the others did not come within {seconds:g} s") from None
 
 
 def own_address(peer: str) -> str:

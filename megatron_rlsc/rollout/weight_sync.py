@@ -82,7 +82,6 @@ class WeightSync:
         specs: Sequence[TensorSpec],
         timeout: float,
         transport: Transport = "auto",
-        device: torch.device | None = None,
         push_dir: Path | None = None,
         http_transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -92,14 +91,13 @@ class WeightSync:
             specs: every tensor of a push, in the sidecars' dtype. A tied model has no `lm_head.weight`.
             timeout: seconds that each phase of a push may take, and each bucket.
             transport: see `choose_transport`.
-            device: of the trainer's weights; None is the CPU.
             push_dir: where the sidecars' push directory is mounted here, if not where they say.
             http_transport: in place of the network, in tests.
         """
         self._fleet = fleet
         self._specs = tuple(specs)
         self._timeout = timeout
-        self._transport, self._device, self._push_dir = transport, device or torch.device("cpu"), push_dir
+        self._transport, self._push_dir = transport, push_dir
         self._http_transport = http_transport
         self._links: dict[int, _Link] = {}
         self._run_id = secrets.token_hex(6)
@@ -162,7 +160,7 @@ class WeightSync:
         # Files are written from host memory; a group's sender has its buckets where the weights are.
         on_host = all(link.on_host for link in self._links.values())
         try:
-            yield from fill_buckets(stream, device=torch.device("cpu") if on_host else self._device)
+            yield from fill_buckets(stream, device=torch.device("cpu") if on_host else _device())
         except ValueError as error:
             raise SyncError(f"transfer: {error}") from None
 
@@ -187,7 +185,7 @@ class WeightSync:
 
     def _link(self, replica: Replica) -> _Link:
         link = self._links.get(replica.index)
-        if link is not None and link.url != replica.url:  # it has been started anew
+        if link is not None and link.losses != replica.losses:  # what was agreed with it is void
             link.close()
             link = None
         if link is None:
@@ -195,7 +193,6 @@ class WeightSync:
                 replica,
                 transport=self._transport,
                 timeout=self._timeout,
-                device=self._device,
                 push_dir=self._push_dir,
                 http_transport=self._http_transport,
             )
@@ -211,13 +208,12 @@ class _Link:
         *,
         transport: Transport,
         timeout: float,
-        device: torch.device,
         push_dir: Path | None,
         http_transport: httpx.BaseTransport | None,
     ) -> None:
-        self.replica, self.url = replica, replica.url
+        self.replica, self.losses = replica, replica.losses
         self.on_host = True
-        self._wanted, self._timeout, self._device, self._push_dir = transport, timeout, device, push_dir
+        self._wanted, self._timeout, self._push_dir = transport, timeout, push_dir
         self._channel: Channel | None = None
         self._pool = ThreadPoolExecutor(1)
         self._http = httpx.Client(
@@ -249,7 +245,7 @@ class _Link:
             except (OSError, RuntimeError) as error:
                 if told.done() and told.exception() is not None:
                     told.result()  # the replica's own word is the better one
-                raise LostReplica(f"transfer: the trainer's side: {error}") from error
+                raise LostReplica(f"transfer: {self.replica} did not receive it, as seen from here: {error}") from error
             told.result()
         finally:
             self._channel.withdraw()
@@ -281,7 +277,7 @@ class _Link:
 
     def _open(self) -> Channel:
         described = self._ask_workers("init", "describe_transfer")
-        transport = choose_transport(self._wanted, described, device=self._device, directory=self._push_dir)
+        transport = choose_transport(self._wanted, described, device=_device(), directory=self._push_dir)
         if transport == "file":
             directory = visible_directory(described, self._push_dir)
             if directory is None or not directory.is_dir():
@@ -292,14 +288,14 @@ class _Link:
             self._post("init", "/init_weight_transfer_engine", {"init_info": {"transport": "file"}})
             return FileChannel(directory)
         self.on_host = transport == "gloo"
-        host = urlsplit(self.url).hostname
+        host = urlsplit(self.replica.url).hostname
         assert host is not None
         with self._trainer_side("init"), Rendezvous(own_address(host), timeout=self._timeout) as rendezvous:
             world_size = 1 + len(described)
             info = {"transport": transport, "address": rendezvous.address, "port": rendezvous.port}
             info |= {"world_size": world_size, "timeout": self._timeout}
             told = self._pool.submit(self._post, "init", "/init_weight_transfer_engine", {"init_info": info})
-            device = torch.device("cpu") if self.on_host else self._device
+            device = torch.device("cpu") if self.on_host else _device()
             channel = open_group(transport, rendezvous, world_size=world_size, timeout=self._timeout, device=device)
             told.result()
         return channel
@@ -342,6 +338,11 @@ class _Link:
             raise SyncError(f"{phase} to {self.replica}: {type(error).__name__}: {error}") from error
         except RuntimeError as error:  # torch.distributed's
             raise LostReplica(f"{phase}: {self.replica} did not come: {error}") from error
+
+
+def _device() -> torch.device:
+    """Of the trainer's weights."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _norm_sums(bucket: Bucket) -> dict[str, str]:
