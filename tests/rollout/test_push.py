@@ -5,8 +5,11 @@ Processes that hang or die meanwhile are in test_push_faults.py. Not covered: GP
 
 from __future__ import annotations
 
+import os
 import resource
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -129,6 +132,50 @@ def test_after_a_rollback_an_old_sample_is_refused(
         client.generate(PROMPTS, step=0, version=before)
 
 
+def test_a_push_in_the_middle_of_responses_leaves_no_mixed_one(
+    sidecar: Sidecar, tiny: TinyModel, sync: WeightSync
+) -> None:
+    """What is under way when it begins is aborted, and none of it is of two versions."""
+    old = sync.push(tiny.weights().items())
+    body = {"token_ids": list(PROMPTS[0].token_ids), "sampling_params": LONG}
+    url, headers = f"{sidecar.url}/inference/v1/generate", bearer(sidecar.key)
+    with ThreadPoolExecutor(30) as pool:
+        asked = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=60) for _ in range(30)]
+        asked[0].result()
+        new = sync.push(tiny.weights().items())
+        choices = [choice for answer in asked for choice in answer.result().json()["choices"]]
+    assert "abort" in {choice["finish_reason"] for choice in choices}
+    versions = [{span["version"] for span in choice["weight_versions"] or ()} for choice in choices]
+    assert all(found <= {old} or found <= {new} for found in versions)
+
+
+def test_a_request_during_a_push_waits_for_it(
+    sidecar: Sidecar, tiny: TinyModel, small_buckets: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two buckets, where vLLM alone would run into weights that are not there."""
+    body = {"token_ids": list(PROMPTS[0].token_ids), "sampling_params": {"max_tokens": 4, "temperature": 0.0}}
+    offer, asked = FileChannel.offer, []
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask_first(self, bucket, label):
+            if not asked:
+                url, headers = f"{sidecar.url}/inference/v1/generate", bearer(sidecar.key)
+                asked.append(pool.submit(httpx.post, url, json=body, headers=headers, timeout=60))
+                time.sleep(0.5)
+            assert not asked[0].done()
+            return offer(self, bucket, label)
+
+        monkeypatch.setattr(FileChannel, "offer", ask_first)
+        sync = build_sync(sidecar, tiny, transport="file")
+        version = sync.push(tiny.weights().items())
+        (choice,) = asked[0].result().json()["choices"]
+    assert [span["version"] for span in choice["weight_versions"]] == [version]
+    assert difference(tiny, sync, version) < 1e-3
+
+
+LONG = {"n": 16, "max_tokens": 300, "temperature": 0.5, "ignore_eos": True, "detokenize": False}
+
+
 def without_a_tensor(weights: Weights) -> Weights:
     return {name: value for name, value in weights.items() if name != "model.layers.1.self_attn.k_proj.bias"}
 
@@ -198,6 +245,25 @@ def test_a_tensor_that_was_announced_and_does_not_come(
 ) -> None:
     with pytest.raises(SyncError, match=r"^finish: .*500.*1 tensors did not come: .*k_proj\.bias"):
         sync.push(without_a_tensor(tiny.weights()).items())
+    again = build_sync(sidecar, tiny)
+    assert difference(tiny, again, again.push(tiny.weights().items())) < 1e-3
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_file_that_is_cut_is_refused(
+    sidecar: Sidecar, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    offer = FileChannel.offer
+
+    def cut(self, bucket, label):
+        offered = offer(self, bucket, label)
+        os.truncate(self._file, left)
+        return offered
+
+    monkeypatch.setattr(FileChannel, "offer", cut)
+    with pytest.raises(SyncError, match=rf"^transfer: .*500.*bucket has {left} bytes, its tensors take \d+"):
+        build_sync(sidecar, tiny, transport="file").push(tiny.weights().items())
+    monkeypatch.undo()
     again = build_sync(sidecar, tiny)
     assert difference(tiny, again, again.push(tiny.weights().items())) < 1e-3
 
