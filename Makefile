@@ -17,7 +17,7 @@ test: lint
 
 # What is too long for every commit: every process of a sidecar killed and stopped in turn.
 test-faults: $(ENVIRONMENTS)
-	$(TRAINER_PYTHON) -m pytest tests/rollout -m faults
+	$(TRAINER_PYTHON) -m pytest tests -m faults
 
 # On a machine with a GPU; without one every test says why it is skipped.
 test-gpu: $(ENVIRONMENTS)

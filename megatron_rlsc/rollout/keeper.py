@@ -67,6 +67,24 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
+def kill_orphans(run_dir: Path) -> bool:
+    """Kills at once what a keeper has left behind that was itself killed: a tree that hangs does not follow it. Whether
+    there was anything; some of it may be going still."""
+    sessions = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"={run_dir}/".encode() in (process / "environ").read_bytes():
+                sessions.add(os.getsid(int(process.name)))
+        except (ProcessLookupError, FileNotFoundError, PermissionError):
+            continue  # ended meanwhile, or not ours
+    for session in sessions:
+        segments = _segments_of(session)
+        _signal_session(session, signal.SIGKILL)
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+    return bool(sessions)
+
+
 def _end_session(session: int) -> None:
     segments = _segments_of(session)
     _signal_session(session, signal.SIGTERM)

@@ -117,6 +117,8 @@ async def ask(http: httpx.AsyncClient, replica: Replica, sampling: Sampling, tas
         content = answer.json()
     except ValueError as error:
         raise MalformedAnswerError(f"{url} answered no JSON: {error}") from error
+    if _was_aborted(content):
+        raise ReplicaLostError("it has broken off a prompt: it is being shut down, or paused by somebody else")
     return read_samples(
         content,
         prompt=task.prompt,
@@ -126,6 +128,14 @@ async def ask(http: httpx.AsyncClient, replica: Replica, sampling: Sampling, tas
         samples_per_prompt=sampling.samples_per_prompt,
         max_response_length=sampling.max_response_length,
         stop_token_ids=sampling.stop_token_ids,
+    )
+
+
+def _was_aborted(content: Any) -> bool:
+    """Whether vLLM was told to stop before the response had ended; nobody of ours does so while it generates."""
+    choices = content.get("choices") if isinstance(content, dict) else None
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices
     )
 
 

@@ -157,9 +157,13 @@ class Sidecar:
         raise self._failure(f"generated nothing within {self._timeout:g} s (--sidecar-timeout)")
 
     def has_ended(self) -> bool:
-        """Whether nothing of it runs: it was never started, or has ended, by itself or by `terminate`."""
-        if self._keeper is None or self._keeper.poll() is not None:
+        """Whether nothing of it runs: it was never started, or has ended, by itself or by `terminate`. Kills what
+        should have ended."""
+        if self._keeper is None:
             return True
+        status = self._keeper.poll()
+        if status is not None:
+            return status >= 0 or self.run_dir is None or not keeper.kill_orphans(self.run_dir)
         if self._terminated is not None and time.monotonic() - self._terminated > keeper.GRACE_SECONDS + 5:
             self._keeper.kill()  # the server follows it by its own parent-death signal
         return False

@@ -133,7 +133,7 @@ FIRST = ["choices", 0]
         (edit(FIRST, choice(1, [9, 9, 9, 9, STOP], "stop")), "'stop' after 5 tokens \\(the limit is 4\\)"),
         (edit(FIRST, choice(1, [9, 9], "length")), "'length' after 2 tokens \\(the limit is 4\\)"),
         (edit(FIRST, choice(1, [9, 9, 9, STOP], "length")), "'length' after 4 tokens .* stop tokens at \\[3\\]"),
-        (edit(FIRST, choice(1, [], "abort")), "finished by 'abort'"),
+        (edit(FIRST, choice(1, [], "error")), "finished by 'error'"),
         (edit([*FIRST, "index"], 0), "2 choices \\[0\\], 2 were asked for"),
         (edit(["choices"], GOOD["choices"][:1]), "1 choices \\[1\\], 2 were asked for"),
         (edit(["choices"], None), "TypeError"),
@@ -285,6 +285,17 @@ def test_the_prompts_of_a_lost_replica_go_to_the_others(failure: Callable[[int],
     assert [replica.state for replica in fleet.replicas] == ["away", "ready"]
     assert [replica.version for replica in fleet.replicas] == ["", VERSION]
     assert fleet.replicas[0].reason.startswith("POST http://0/inference/v1/generate")
+
+
+def test_a_replica_that_is_shut_down_in_order_is_lost_too() -> None:
+    """It answers 200, and every response has ended in the middle."""
+
+    async def answer(group: int) -> httpx.Response:
+        return httpx.Response(200, json={"choices": [choice(i, [9], "abort") for i in range(2)]})
+
+    servers, fleet = Servers(answer, after(0.01)), build_fleet(2)
+    assert len(build_client(servers, fleet).generate(MANY, step=0, version=VERSION)) == 24
+    assert "it has broken off a prompt" in fleet.replicas[0].reason
 
 
 def test_a_broken_connection_to_a_replica_that_is_well_is_tried_again_within_a_bound() -> None:

@@ -54,18 +54,21 @@ def serving(port: int = 0) -> Iterator[str]:
 
 
 class OurSidecar(Sidecar):
-    """One that needs no vLLM: it is ready as often as it is allowed to be."""
+    """One that needs no vLLM: it starts, and is ready, as often as it is allowed to."""
 
-    def __init__(self, log_path: Path, url: str, *, ready: int = 99) -> None:
+    def __init__(self, log_path: Path, url: str, *, ready: int = 99, startable: int = 99) -> None:
         super().__init__(Path("python"), Path("model"), dtype="float32", max_model_len=10, seed=1, log_path=log_path)
         self.key, self.served_at, self.ready_left = "secret", url, ready
+        self.startable = startable
         self.starts, self.running = 0, False
         log_path.write_text("its last words")
 
     def start(self) -> None:
         assert not self.running
-        self.url, self.running = self.served_at, True
         self.starts += 1
+        if self.starts > self.startable:
+            raise SidecarError("port 7 of 127.0.0.1: Address already in use")
+        self.url, self.running = self.served_at, True
 
     def wait_until_ready(self) -> None:
         self.ready_left -= 1
@@ -138,11 +141,14 @@ def test_a_sidecar_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
         wait_for(fleet, 2)
 
 
-def test_a_restart_that_fails_is_one_of_the_restarts(tmp_path: Path) -> None:
-    with serving() as url, Fleet(ours(tmp_path, url, 1, ready=1), restarts=3) as fleet:
+@pytest.mark.parametrize(
+    ("able", "reason"), [({"ready": 1}, "ended with status 1"), ({"startable": 1}, "port 7 of .* already in use")]
+)
+def test_a_restart_that_fails_is_one_of_the_restarts(tmp_path: Path, able: dict[str, int], reason: str) -> None:
+    with serving() as url, Fleet(ours(tmp_path, url, 1, **able), restarts=3) as fleet:
         fleet.wait_until_ready()
         fleet.lose(fleet.replicas[0], "its engine is dead")
-        with pytest.raises(FleetError, match=r"(?s)--sidecar-restarts 3 are used up.*ended with status 1"):
+        with pytest.raises(FleetError, match=rf"(?s)--sidecar-restarts 3 are used up.*{reason}"):
             fleet.wait_for_one()
         assert fleet.replicas[0].sidecar.starts == 4  # type: ignore[union-attr]
 

@@ -107,6 +107,19 @@ def test_the_deaf_are_killed(run_dir: Path, marker: str) -> None:
     assert_gone(marker, run_dir, seconds=1)
 
 
+def test_what_a_killed_keeper_leaves_is_found_and_killed(run_dir: Path, marker: str) -> None:
+    folder = f"TMPDIR={run_dir}/tmp"
+    parent, keeper_pid = start(run_dir, "env", folder, sys.executable, "-c", TREE, marker, "deaf")
+    os.kill(keeper_pid, signal.SIGKILL)
+    parent.wait(5)
+    assert len(processes_of(marker)) == 2  # root and child: deaf, and not vLLM, which would follow
+    assert keeper.kill_orphans(run_dir)
+    deadline = time.monotonic() + 5
+    while keeper.kill_orphans(run_dir):
+        assert time.monotonic() < deadline
+    assert processes_of(marker) == []
+
+
 def test_shared_memory_that_a_process_could_not_unlink_is_removed(run_dir: Path, marker: str) -> None:
     held = SharedMemory(create=True, size=4096)
     owner = OWNER.replace("NAME", held.name)
