@@ -5,6 +5,7 @@ The only reader of megatron.core.parallel_state.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from torch import Tensor
 from megatron_rlsc.config import ParallelConfig
 from megatron_rlsc.policy import cpu
 from megatron_rlsc.types import DataShare
+
+LONGEST_WAIT = timedelta(days=7)
+"""For rank 0, whose own waits are bounded; when it dies, its launcher ends the others."""
+_TURNS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +109,17 @@ class Parallel:
         return tensor
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
-        """Rank 0's payload on every rank; bytes, so that nobody unpickles anything."""
+        """Rank 0's payload on every rank; bytes, so that nobody unpickles anything.
+
+        Rank 0 may take longer over it than a collective may (a step's responses, a sidecar that starts anew): others
+        wait at the store, where nothing is under way that could time out.
+        """
+        if self.world_size > 1:
+            store, turn = dist.distributed_c10d._get_default_store(), f"rlsc/payload/{next(_TURNS)}"
+            if self.rank == 0:
+                store.set(turn, "")
+            else:
+                store.wait([turn], LONGEST_WAIT)
         size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self.device)
         dist.broadcast(size, src=0)
         data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
