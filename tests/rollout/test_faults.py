@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from processes import is_running, processes
 from served_tiny import MAX_MODEL_LEN, TinyModel, build_fleet_client, build_tiny
 
@@ -52,13 +53,19 @@ class Run:
             )
             for index in range(replicas)
         ]
-        self.tiny = tiny
+        self.tiny, self.first = tiny, tiny.weights()
         self.fleet = Fleet(
             [Replica(index=i, url="", key=sidecar.key, sidecar=sidecar) for i, sidecar in enumerate(sidecars)],
             longest=MAX_MODEL_LEN,
             restarts=20,
         )
         self.sync = WeightSync(self.fleet, specs=tiny.specs(), timeout=300)
+
+    def change(self) -> None:
+        """Other weights, about the first ones, so that a replica that missed a push shows."""
+        with torch.no_grad():
+            for name, value in self.tiny.model.named_parameters():
+                value.copy_(self.first[name] + 0.1 * torch.randn_like(value))
 
     def push(self) -> str:
         return self.sync.push(self.tiny.weights().items())
@@ -93,7 +100,7 @@ def pair(sidecar_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def generate_while(run: Run, fault: int, name: str, *, stall_timeout: float = 300) -> tuple[list[Sample], Replica]:
     """A step, with `fault` sent to a process of replica 0 when the first group has come; whom it was sent to."""
-    run.tiny.step()  # a replica that missed the push would show
+    run.change()
     version = run.push()
     victim = run.fleet.replicas[0]
     assert victim.sidecar is not None
@@ -130,7 +137,7 @@ def assert_back_with_the_next_push(run: Run, victim: Replica, tree: dict[str, in
     assert victim.version == "", "it is back, and has had no push"
     assert [name for name, pid in tree.items() if is_running(pid)] == []
     assert not run_dir.exists()
-    run.tiny.step()
+    run.change()
     version = run.push()
     assert [replica.version for replica in run.fleet.replicas] == [version] * len(run.fleet.replicas)
     before = generated_tokens(victim)
