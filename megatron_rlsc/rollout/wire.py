@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 KEY_VARIABLE = "RLSC_ROLLOUT_KEY"
@@ -13,21 +12,10 @@ TRANSFER_BACKEND = "rlsc"
 """Our entry in vLLM's table of weight-transfer backends."""
 SERVED_MODEL_NAME = "policy"
 
-_HASH_CHUNK_BYTES = 1 << 22
-
 
 def bearer(key: str) -> dict[str, str]:
     """The header that carries the key."""
     return {"Authorization": f"Bearer {key}"}
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in chunks: a model need not fit in memory twice."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def memory_backed_root() -> Path | None:

@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -21,10 +21,11 @@ from served_tiny import MAX_MODEL_LEN, PROMPTS, TinyModel, build_tiny
 from megatron_rlsc.rollout import buckets, weight_sync
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.rollout.fleet import Fleet, Replica
+from megatron_rlsc.rollout.link import SyncError
 from megatron_rlsc.rollout.responses import StaleSampleError
 from megatron_rlsc.rollout.sidecar import Sidecar
 from megatron_rlsc.rollout.transport import FileChannel, GroupChannel
-from megatron_rlsc.rollout.weight_sync import NoSync, SyncError, WeightSync
+from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
 from megatron_rlsc.rollout.wire import bearer
 
 Weights = dict[str, torch.Tensor]
@@ -141,7 +142,7 @@ def test_a_push_in_the_middle_of_responses_leaves_no_mixed_one(
     url, headers = f"{sidecar.url}/inference/v1/generate", bearer(sidecar.key)
     with ThreadPoolExecutor(30) as pool:
         asked = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=60) for _ in range(30)]
-        asked[0].result()
+        wait(asked, return_when=FIRST_COMPLETED)
         new = sync.push(tiny.weights().items())
         choices = [choice for answer in asked for choice in answer.result().json()["choices"]]
     assert "abort" in {choice["finish_reason"] for choice in choices}

@@ -109,7 +109,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 import test_push_faults as faults
 from pushing import specs_of
-from megatron_rlsc.rollout import transport, weight_sync
+from megatron_rlsc.rollout import link, transport, weight_sync
 from megatron_rlsc.rollout.fleet import Fleet, Replica
 
 url, key, weights, way, phase, number = sys.argv[1:]
@@ -122,7 +122,7 @@ hook = None
 if phase == "transfer":
     transport.FileChannel.send = transport.GroupChannel.send = happen
 elif phase == "init" and way == "gloo":
-    weight_sync.open_group = happen
+    link.open_group = happen
 else:
     hook = faults.At(phase, happen)
 tensors = load_file(weights)
