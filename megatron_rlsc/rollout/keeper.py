@@ -24,6 +24,8 @@ GRACE_SECONDS = 10.0
 """From SIGTERM, on which vLLM unlinks most of its shared memory, to SIGKILL."""
 
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 2.0
+"""Between two looks at the shared memory of the tree: of a process that has been killed there is nothing to see."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
@@ -58,11 +60,20 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the tree become our children, so that we can wait for them
         environment = {**os.environ, KEEPER_VARIABLE: str(os.getpid())}
         leader = subprocess.Popen(command, start_new_session=True, env=environment).pid
+        segments: set[Path] = set()
+        look_at = 0.0
         try:
-            return os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+            while True:
+                if time.monotonic() >= look_at:
+                    segments |= _segments_of(leader)
+                    look_at = time.monotonic() + _LOOK_SECONDS
+                pid, status = os.waitpid(leader, os.WNOHANG)
+                if pid == leader:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(_POLL_SECONDS)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            _end_session(leader)
+            _end_session(leader, segments)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
@@ -85,8 +96,8 @@ def kill_orphans(run_dir: Path) -> bool:
     return bool(sessions)
 
 
-def _end_session(session: int) -> None:
-    segments = _segments_of(session)
+def _end_session(session: int, segments: set[Path]) -> None:
+    segments |= _segments_of(session)
     _signal_session(session, signal.SIGTERM)
     if not _reaped(time.monotonic() + GRACE_SECONDS):
         print(f"keeper: not all ended within {GRACE_SECONDS:g} s of SIGTERM; killing the rest", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_rlsc.rollout.sidecar import Sidecar
@@ -42,3 +44,11 @@ def processes(sidecar: Sidecar) -> dict[str, int]:
         elif "megatron_rlsc.rollout.serve" in command:
             found["server"] = pid
     return found
+
+
+def shared_memory(pids: Iterable[int]) -> set[Path]:
+    """What these processes have mapped of /dev/shm, but for what has no name there any more."""
+    names: list[str] = []
+    for pid in pids:
+        names += re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text())
+    return {path for path in map(Path, names) if path.exists()}

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from processes import is_running, processes
+from processes import is_running, processes, shared_memory
 from served_tiny import MAX_MODEL_LEN, TinyModel, build_fleet_client, build_tiny
 
 from megatron_rlsc.rollout.client import RolloutClient
@@ -122,7 +122,8 @@ def test_two_replicas_share_a_step(pair: Run) -> None:
     assert pair.tiny.largest_difference(samples) < CLOSE
     shares = [now - then for now, then in zip(after, before)]
     assert sum(shares) == sum(len(sample.response_token_ids) for sample in samples)
-    assert min(shares) > sum(shares) / 4, f"of {sum(shares)} tokens the replicas generated {shares}"
+    # Not halves: each gets as much as it is fast, on cores that other tests may be busy with.
+    assert min(shares) > sum(shares) / 10, f"of {sum(shares)} tokens the replicas generated {shares}"
 
 
 def generated_tokens(replica: Replica) -> int:
@@ -130,13 +131,16 @@ def generated_tokens(replica: Replica) -> int:
     return read_metrics(answer.text).generation_tokens
 
 
-def assert_back_with_the_next_push(run: Run, victim: Replica, tree: dict[str, int], run_dir: Path) -> None:
+def assert_back_with_the_next_push(
+    run: Run, victim: Replica, tree: dict[str, int], segments: set[Path], run_dir: Path
+) -> None:
     """After its loss: nothing of it is left, and it is started again and holds the next version."""
     assert victim.version == ""
     run.wait_until_all_are_back()
     assert victim.version == "", "it is back, and has had no push"
     assert [name for name, pid in tree.items() if is_running(pid)] == []
     assert not run_dir.exists()
+    assert [segment for segment in segments if segment.exists()] == []
     run.change()
     version = run.push()
     assert [replica.version for replica in run.fleet.replicas] == [version] * len(run.fleet.replicas)
@@ -150,12 +154,14 @@ def test_a_replica_whose_engine_is_killed_is_replaced_and_comes_back(pair: Run) 
     sidecar = pair.fleet.replicas[0].sidecar
     assert sidecar is not None and sidecar.run_dir is not None
     tree, run_dir, url = processes(sidecar), sidecar.run_dir, sidecar.url
+    segments = shared_memory(tree.values())
+    assert segments
     assert tree.keys() == {"keeper", "server", "engine", "worker 0"}
     samples, victim = generate_while(pair, signal.SIGKILL, "engine")
     assert pair.tiny.largest_difference(samples) < CLOSE
     assert f"POST {url}/inference/v1/generate" in victim.reason
     assert "EngineDeadError" in victim.reason, "the end of its log tells of no dead engine"
-    assert_back_with_the_next_push(pair, victim, tree, run_dir)
+    assert_back_with_the_next_push(pair, victim, tree, segments, run_dir)
 
 
 def test_a_replica_whose_engine_hangs_is_replaced(pair: Run) -> None:
@@ -175,12 +181,13 @@ def test_every_process_killed_and_stopped(pair: Run, fault: int, name: str) -> N
     sidecar = pair.fleet.replicas[0].sidecar
     assert sidecar is not None and sidecar.run_dir is not None
     tree, run_dir = processes(sidecar), sidecar.run_dir
+    segments = shared_memory(tree.values())
     samples, victim = generate_while(pair, fault, name, stall_timeout=3)
     assert pair.tiny.largest_difference(samples) < CLOSE
     if (name, fault) == ("keeper", signal.SIGSTOP):
         assert victim.state == "ready"
         pair.fleet.lose(victim, "the test says so")
-    assert_back_with_the_next_push(pair, victim, tree, run_dir)
+    assert_back_with_the_next_push(pair, victim, tree, segments, run_dir)
 
 
 @pytest.mark.faults
@@ -197,9 +204,10 @@ def test_every_process_of_the_only_replica(
         sidecar = victim.sidecar
         assert sidecar is not None and sidecar.run_dir is not None
         tree, run_dir = processes(sidecar), sidecar.run_dir
+        segments = shared_memory(tree.values())
         assert tree.keys() == {"keeper", "server", "engine", "worker 0", "worker 1"}
         with pytest.raises(NoReplicaLeftError):
             generate_while(run, fault, name, stall_timeout=3)
         assert run.fleet.wait_for_one() == [victim]
-        assert_back_with_the_next_push(run, victim, tree, run_dir)
+        assert_back_with_the_next_push(run, victim, tree, segments, run_dir)
         run.sync.close()

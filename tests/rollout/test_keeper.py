@@ -131,6 +131,23 @@ def test_shared_memory_that_a_process_could_not_unlink_is_removed(run_dir: Path,
     held.close()
 
 
+def test_shared_memory_of_a_process_that_was_killed_before_is_removed(run_dir: Path, marker: str) -> None:
+    """As when vLLM's engine is killed, and its server ends in order after it."""
+    held = SharedMemory(create=True, size=4096)
+    owner = f"[sys.executable, '-c', {OWNER.replace('NAME', held.name)!r}, {marker!r}]"
+    tree = f"import subprocess, sys, time\nsubprocess.Popen({owner})\ntime.sleep(300)"
+    parent, keeper_pid = start(run_dir, sys.executable, "-c", tree, marker)
+    time.sleep(3)  # the keeper looks every 2
+    (root,) = map(int, Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split())
+    (owner_pid,) = map(int, Path(f"/proc/{root}/task/{root}/children").read_text().split())
+    os.kill(owner_pid, signal.SIGKILL)
+    os.kill(root, signal.SIGTERM)
+    parent.wait(5)
+    assert_gone(marker, run_dir, seconds=5)
+    assert not Path("/dev/shm", held.name).exists()
+    held.close()
+
+
 def test_the_status_is_the_commands(run_dir: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     kept = subprocess.run([sys.executable, "-I", keeper.__file__, str(os.getpid()), str(run_dir), *command])

@@ -6,7 +6,6 @@ Not covered: GPUs. Several replicas, and sidecars that hang or die while they ar
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import descendants, is_running
+from processes import descendants, is_running, shared_memory
 from served_tiny import MAX_MODEL_LEN, PROMPTS, YARN, TinyModel, build_client, build_tiny
 
 from megatron_rlsc.rollout.fleet import Fleet, Replica
@@ -126,7 +125,7 @@ def test_a_killed_trainer_leaves_nothing_behind(
 
     tree = descendants(trainer.pid)
     assert len(tree) >= 3  # keeper, API server, engine
-    left_behind = {Path(run_dir), *mapped_shared_memory(tree)}
+    left_behind = {Path(run_dir), *shared_memory(tree)}
     assert len(left_behind) > 1
     trainer.kill()
     trainer.wait()
@@ -135,13 +134,6 @@ def test_a_killed_trainer_leaves_nothing_behind(
         assert time.monotonic() < deadline, f"{left} of {tree} outlived the trainer"
         time.sleep(0.1)
     assert [path for path in left_behind if path.exists()] == []
-
-
-def mapped_shared_memory(pids: list[int]) -> set[Path]:
-    names: list[str] = []
-    for pid in pids:
-        names += re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text())
-    return set(map(Path, names))
 
 
 @pytest.mark.parametrize(
