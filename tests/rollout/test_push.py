@@ -139,9 +139,11 @@ def test_a_push_in_the_middle_of_responses_leaves_no_mixed_one(
     """What is under way when it begins is aborted, and none of it is of two versions."""
     old = sync.push(tiny.weights().items())
     body = {"token_ids": list(PROMPTS[0].token_ids), "sampling_params": LONG}
-    url, headers = f"{sidecar.url}/inference/v1/generate", bearer(sidecar.key)
-    with ThreadPoolExecutor(30) as pool:
-        asked = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=60) for _ in range(30)]
+    with (
+        httpx.Client(base_url=sidecar.url, headers=bearer(sidecar.key), timeout=60) as http,
+        ThreadPoolExecutor(30) as pool,
+    ):
+        asked = [pool.submit(http.post, "/inference/v1/generate", json=body) for _ in range(30)]
         wait(asked, return_when=FIRST_COMPLETED)
         new = sync.push(tiny.weights().items())
         choices = [choice for answer in asked for choice in answer.result().json()["choices"]]
