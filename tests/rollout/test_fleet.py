@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-import http.server
-import json
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fake_server import serving
 
 from megatron_rlsc.rollout.admission import RefusedError, UnreachableError
 from megatron_rlsc.rollout.fleet import Fleet, FleetError, Replica
 from megatron_rlsc.rollout.sidecar import Sidecar, SidecarError
-
-ANSWERS = {
-    "/health": {},
-    "/v1/models": {"data": [{"id": "policy", "max_model_len": 10}]},
-    "/is_paused": {"is_paused": False},
-    "/inference/v1/generate": {},
-}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = json.dumps(ANSWERS[self.path]).encode()
-        self.send_response(200 if self.headers["Authorization"] == "Bearer secret" else 401)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_GET
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(port: int = 0) -> Iterator[str]:
-    """A server that a run would take; its url."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class OurSidecar(Sidecar):
