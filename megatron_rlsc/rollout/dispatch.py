@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import httpx
 from tqdm import tqdm
 
-from megatron_rlsc.rollout.fleet import Replica
+from megatron_rlsc.rollout.fleet import Replica, ReplicaLostError
 from megatron_rlsc.rollout.load import Load, ResponseLength, choose
 from megatron_rlsc.rollout.metrics import watch
-from megatron_rlsc.rollout.request import BrokenRequestError, ReplicaLostError, RolloutError, Sampling, Task, ask
+from megatron_rlsc.rollout.request import BrokenRequestError, RolloutError, Sampling, Task, ask
 from megatron_rlsc.types import Sample
 
 ATTEMPTS = 3

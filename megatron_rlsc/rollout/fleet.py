@@ -30,6 +30,10 @@ class FleetError(RuntimeError):
     """No replica is left, and none can be had."""
 
 
+class ReplicaLostError(RuntimeError):
+    """A replica does not live, or does not answer in time: for `Fleet.lose`."""
+
+
 @dataclass(eq=False, kw_only=True, slots=True)
 class Replica:
     """One vLLM server as the trainer sees it."""

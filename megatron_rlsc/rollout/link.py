@@ -13,7 +13,7 @@ import httpx
 import torch
 
 from megatron_rlsc.rollout.buckets import Bucket, TensorSpec
-from megatron_rlsc.rollout.fleet import Replica
+from megatron_rlsc.rollout.fleet import Replica, ReplicaLostError
 from megatron_rlsc.rollout.group import Rendezvous, own_address
 from megatron_rlsc.rollout.transport import (
     Channel,
@@ -35,12 +35,8 @@ class SyncError(RuntimeError):
     figures. The run must not go on."""
 
 
-class LostReplica(RuntimeError):
-    """A replica that did not answer in a phase, or answered that its engine is dead."""
-
-
 class Link:
-    """What a push asks of one replica. Each method raises SyncError for what the replica refuses, and LostReplica where
+    """What a push asks of one replica. Each method raises SyncError for what the replica refuses, and ReplicaLostError where
     it does not answer in time or has died."""
 
     def __init__(
@@ -86,7 +82,9 @@ class Link:
             except (OSError, RuntimeError) as error:
                 if told.done() and told.exception() is not None:
                     told.result()  # the replica's own word is the better one
-                raise LostReplica(f"transfer: {self.replica} did not receive it, as seen from here: {error}") from error
+                raise ReplicaLostError(
+                    f"transfer: {self.replica} did not receive it, as seen from here: {error}"
+                ) from error
             told.result()
         finally:
             self._channel.withdraw()
@@ -152,11 +150,13 @@ class Link:
         try:
             answer = self._http.post(path, json=body, params=params)
         except httpx.HTTPError as error:
-            raise LostReplica(f"{phase}: {self.replica} did not answer ({type(error).__name__}: {error})") from error
+            raise ReplicaLostError(
+                f"{phase}: {self.replica} did not answer ({type(error).__name__}: {error})"
+            ) from error
         if answer.status_code == httpx.codes.OK:
             return answer.json()
         what = f"{phase}: {self.replica} answered {answer.status_code}: {answer.text.strip()}"
-        raise LostReplica(what) if self._is_dead() else SyncError(what)
+        raise ReplicaLostError(what) if self._is_dead() else SyncError(what)
 
     def _is_dead(self) -> bool:
         """Whether the engine behind a refusal has died; the server outlives it for a moment.
@@ -173,12 +173,12 @@ class Link:
         """The trainer's own errors: a full disk is the run's, a peer that does not come the replica's."""
         try:
             yield
-        except (SyncError, LostReplica):
+        except (SyncError, ReplicaLostError):
             raise
         except OSError as error:
             raise SyncError(f"{phase} to {self.replica}: {type(error).__name__}: {error}") from error
         except RuntimeError as error:  # torch.distributed's
-            raise LostReplica(f"{phase}: {self.replica} did not come: {error}") from error
+            raise ReplicaLostError(f"{phase}: {self.replica} did not come: {error}") from error
 
 
 def trainer_device() -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from megatron_rlsc.rollout.fleet import Replica
+from megatron_rlsc.rollout.fleet import Replica, ReplicaLostError
 from megatron_rlsc.rollout.responses import MalformedAnswerError, read_samples
 from megatron_rlsc.rollout.wire import bearer
 from megatron_rlsc.types import Prompt, Sample
@@ -19,10 +19,6 @@ HEALTH_TIMEOUT = 10.0
 
 class RolloutError(RuntimeError):
     """A living sidecar refused a request, or a prompt got no answer in as many attempts as it has."""
-
-
-class ReplicaLostError(RuntimeError):
-    """The replica does not live, or does not answer in time."""
 
 
 class BrokenRequestError(RuntimeError):

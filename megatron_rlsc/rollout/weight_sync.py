@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlsc.rollout.buckets import Bucket, TensorSpec, checksum, fill_buckets, unpack
-from megatron_rlsc.rollout.fleet import Fleet, Replica
-from megatron_rlsc.rollout.link import Link, LostReplica, SyncError, trainer_device
+from megatron_rlsc.rollout.fleet import Fleet, Replica, ReplicaLostError
+from megatron_rlsc.rollout.link import Link, SyncError, trainer_device
 from megatron_rlsc.rollout.transport import Transport
 
 
@@ -145,7 +145,7 @@ class WeightSync:
             try:
                 futures[replica.index].result()
                 through.append(replica)
-            except LostReplica as error:
+            except ReplicaLostError as error:
                 self._links.pop(replica.index).close()
                 self._fleet.lose(replica, str(error))
             except SyncError as error:
