@@ -36,8 +36,8 @@ class SyncError(RuntimeError):
 
 
 class Link:
-    """What a push asks of one replica. Each method raises SyncError for what the replica refuses, and ReplicaLostError where
-    it does not answer in time or has died."""
+    """What a push asks of one replica. Each method raises SyncError for what the replica refuses, and ReplicaLostError
+    where it does not answer in time or has died."""
 
     def __init__(
         self,
