@@ -177,10 +177,12 @@ class BucketTransferEngine(WeightTransferEngine[TransferInit, BucketUpdate]):
         directory = private_directory()
         if update.file not in os.listdir(directory):
             raise ValueError(f"{update.file!r} is no file of the push directory")
-        content = bytearray((directory / update.file).read_bytes())
-        if len(content) != nbytes:
-            raise ValueError(f"{update.file} has {len(content)} bytes, its tensors take {nbytes}")
-        return torch.frombuffer(content, dtype=torch.uint8).to(self.device)
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        with (directory / update.file).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != nbytes or file.readinto(data.numpy().data) != nbytes:
+                raise ValueError(f"{update.file} has {size} bytes, its tensors take {nbytes}")
+        return data.to(self.device)
 
     @cached_property
     def _expected_specs(self) -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_the_checksum_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words 1, 2 and 3: 6, and 1 + 4 + 9; in whatever chunks; of negative words modulo 2^64."""
     words = torch.tensor([1, 2, 3])
     for chunk in (1, 2, 100):
-        monkeypatch.setattr(buckets, "CHUNK_WORDS", chunk)
+        monkeypatch.setitem(buckets.CHUNK_WORDS, "cpu", chunk)
         assert checksum(words.view(torch.uint8)) == f"{6:016x}{14:016x}"
     assert checksum(torch.tensor([-1]).view(torch.uint8)) == "f" * 32
     assert checksum(torch.tensor([7], dtype=torch.uint8)) == f"{7:016x}{7:016x}"
