@@ -1,6 +1,6 @@
 """Seconds of a weight push into a live vLLM, against copying the same bytes, and a soak: benchmarks/push.md.
 
-python benchmarks/push.py
+OMP_NUM_THREADS=1 python benchmarks/push.py
 
 Random float32 models of real shapes, on this machine's CPU: through files in shared memory, and through a gloo group.
 """
@@ -196,7 +196,7 @@ CONFIG = {
 def page(rows: list[str], soaked: str) -> str:
     text = (
         "# Weight push\n\n"
-        "Made by `python benchmarks/push.py`: random float32 models into a live vLLM on this machine's CPU, the median "
+        "Made by `OMP_NUM_THREADS=1 python benchmarks/push.py`: random float32 models into a live vLLM on this machine's CPU, the median "
         "of several pushes after the first. A push is everything from pause to resume: gather, checksums on both "
         "sides, transfer, the load into vLLM's packed layers, the read-back of live parameters. `copy`: the same bytes "
         "written to a file in shared memory and read back into memory, in turn with the pushes. `checksums`: what of "

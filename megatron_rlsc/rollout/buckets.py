@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,10 @@ BUCKET_BYTES = 2**28
 ALIGNED = 16
 """Bytes: where a tensor begins, so that its numbers can be read in place."""
 WORD_BYTES = 8
-CHUNK_WORDS = {"cpu": 2**18, "cuda": 2**24}
-"""Of a checksum's temporary memory: what a processor's cache holds, and what keeps a GPU busy."""
+CACHED_WORDS = 2**16
+"""That a processor's cache holds."""
+DEVICE_WORDS = 2**24
+"""That keep a GPU busy."""
 MASK = 2**64 - 1
 
 
@@ -124,15 +127,33 @@ def checksum(data: Tensor) -> str:
         padded = data.new_zeros(-(-data.numel() // WORD_BYTES) * WORD_BYTES)
         padded[: data.numel()].copy_(data)
         data = padded
-    words, step = data.view(torch.int64), CHUNK_WORDS[data.device.type]
-    places = torch.arange(1, min(step, words.numel()) + 1, device=data.device)
-    total = weighted = torch.zeros((), dtype=torch.int64, device=data.device)  # where sums wrap, as they should
-    for start in range(0, words.numel(), step):
-        chunk = words[start : start + step]
+    words = data.view(torch.int64)
+    total, weighted = _sums_on_device(words) if data.is_cuda else _sums_on_cpu(words.numpy().view(np.uint64))
+    return f"{total & MASK:016x}{weighted & MASK:016x}"
+
+
+def _sums_on_cpu(words: np.ndarray) -> tuple[int, int]:
+    """Of one thread: torch's would wait for each other wherever vLLM has the cores."""
+    places = np.arange(1, CACHED_WORDS + 1, dtype=np.uint64)
+    total = weighted = 0
+    for start in range(0, words.size, CACHED_WORDS):
+        chunk = words[start : start + CACHED_WORDS]
+        plain = int(chunk.sum())
+        total += plain
+        weighted += start * plain + int(np.dot(chunk, places[: chunk.size]))
+    return total, weighted
+
+
+def _sums_on_device(words: Tensor) -> tuple[int, int]:
+    """The same, on any device; what is asked of a GPU is waited for once, at the end."""
+    places = torch.arange(1, min(DEVICE_WORDS, words.numel()) + 1, device=words.device)
+    total = weighted = torch.zeros((), dtype=torch.int64, device=words.device)  # where sums wrap, as they should
+    for start in range(0, words.numel(), DEVICE_WORDS):
+        chunk = words[start : start + DEVICE_WORDS]
         plain = chunk.sum()
         total = total + plain
         weighted = weighted + start * plain + (chunk * places[: chunk.numel()]).sum()
-    return f"{int(total) & MASK:016x}{int(weighted) & MASK:016x}"
+    return int(total), int(weighted)
 
 
 def _is_finite(tensor: Tensor) -> bool:

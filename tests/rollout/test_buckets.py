@@ -58,7 +58,7 @@ def test_the_checksum_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words 1, 2 and 3: 6, and 1 + 4 + 9; in whatever chunks; of negative words modulo 2^64."""
     words = torch.tensor([1, 2, 3])
     for chunk in (1, 2, 100):
-        monkeypatch.setitem(buckets.CHUNK_WORDS, "cpu", chunk)
+        monkeypatch.setattr(buckets, "CACHED_WORDS", chunk)
         assert checksum(words.view(torch.uint8)) == f"{6:016x}{14:016x}"
     assert checksum(torch.tensor([-1]).view(torch.uint8)) == "f" * 32
     assert checksum(torch.tensor([7], dtype=torch.uint8)) == f"{7:016x}{7:016x}"
@@ -77,6 +77,18 @@ def test_every_flipped_bit_and_every_exchanged_pair_of_words_is_found(content: b
     exchanged = b"".join(words)
     if exchanged[: len(content)] != content and len(words) == 2:
         assert checksum(torch.frombuffer(bytearray(exchanged), dtype=torch.uint8)) != checksum(before)
+
+
+@given(st.binary(max_size=400), st.integers(1, 60))
+def test_the_sums_of_a_gpu_are_those_of_a_cpu(content: bytes, step: int) -> None:
+    """On the CPU, by the GPU's lines; over whole words of any sign."""
+    words = torch.frombuffer(bytearray(content + bytes(-len(content) % 8 + 8)), dtype=torch.int64)
+    before, buckets.DEVICE_WORDS = buckets.DEVICE_WORDS, step
+    try:
+        found = buckets._sums_on_device(words)
+    finally:
+        buckets.DEVICE_WORDS = before
+    assert f"{found[0] & buckets.MASK:016x}{found[1] & buckets.MASK:016x}" == checksum(words.view(torch.uint8))
 
 
 def test_a_spec_goes_over_the_wire() -> None:
