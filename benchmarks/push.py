@@ -196,11 +196,11 @@ CONFIG = {
 def page(rows: list[str], soaked: str) -> str:
     text = (
         "# Weight push\n\n"
-        "Made by `OMP_NUM_THREADS=1 python benchmarks/push.py`: random float32 models into a live vLLM on this machine's CPU, the median "
-        "of several pushes after the first. A push is everything from pause to resume: gather, checksums on both "
-        "sides, transfer, the load into vLLM's packed layers, the read-back of live parameters. `copy`: the same bytes "
-        "written to a file in shared memory and read back into memory, in turn with the pushes. `checksums`: what of "
-        "the push both sides spend on them. `probe`: the fixed prompt behind it.\n\n"
+        "Made by `OMP_NUM_THREADS=1 python benchmarks/push.py`: random float32 models into a live vLLM on this "
+        "machine's CPU, the median of several pushes after the first. A push is everything from pause to resume: "
+        "gather, checksums on both sides, transfer, the load into vLLM's packed layers, the read-back of live "
+        "parameters. `copy`: the same bytes written to a file in shared memory and read back into memory, in turn with "
+        "the pushes. `checksums`: what of the push both sides spend on them. `probe`: the fixed prompt behind it.\n\n"
         f"{describe('torch')}.\n\n"
         "| model | transport | push | GB/s | copy | push, in copies | checksums | probe |\n"
         "|---|---|---|---|---|---|---|---|\n" + "".join(rows)
