@@ -33,7 +33,8 @@ time.sleep(300)
 """
 
 PARENT = """
-import os, subprocess, sys
+import os, signal, subprocess, sys
+signal.signal(signal.SIGUSR1, lambda number, frame: 1 / 0)
 subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid()), *sys.argv[2:]]).wait()
 """
 
@@ -83,11 +84,13 @@ def start(run_dir: Path, *command: str) -> tuple[subprocess.Popen[str], int]:
     return parent, int(child)
 
 
-def test_a_killed_parent_takes_all_with_it(run_dir: Path, marker: str) -> None:
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_parent_that_ends_takes_all_with_it(run_dir: Path, marker: str, way: signal.Signals) -> None:
+    """Killed, told to, interrupted, hung up; or by an exception (which SIGUSR1 raises in it)."""
     parent, _ = start(run_dir, sys.executable, "-c", TREE, marker)
     assert len(processes_of(marker)) == 4  # parent, keeper, root, child
-    parent.kill()
-    parent.wait()
+    parent.send_signal(way)
+    assert parent.wait(5) != 0
     assert_gone(marker, run_dir, seconds=5)
 
 
