@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +29,8 @@ _LOOK_SECONDS = 2.0
 """Between two looks at the shared memory of the tree: of a process that has been killed there is nothing to see."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_SEGMENTS = "segments"
+"""File of the run directory that names the shared memory seen so far."""
 _SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
 """Shared memory as multiprocessing and vLLM name it."""
 
@@ -66,6 +69,7 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
             while True:
                 if time.monotonic() >= look_at:
                     segments |= _segments_of(leader)
+                    (run_dir / _SEGMENTS).write_text("\n".join(map(str, segments)))  # for whoever finds us killed
                     look_at = time.monotonic() + _LOOK_SECONDS
                 pid, status = os.waitpid(leader, os.WNOHANG)
                 if pid == leader:
@@ -91,8 +95,9 @@ def kill_orphans(run_dir: Path) -> bool:
     for session in sessions:
         segments = _segments_of(session)
         _signal_session(session, signal.SIGKILL)
-        for segment in segments:
-            segment.unlink(missing_ok=True)
+        _unlink(segments)
+    if (run_dir / _SEGMENTS).is_file():  # of processes that were killed before
+        _unlink(map(Path, (run_dir / _SEGMENTS).read_text().splitlines()))
     return bool(sessions)
 
 
@@ -103,6 +108,10 @@ def _end_session(session: int, segments: set[Path]) -> None:
         print(f"keeper: not all ended within {GRACE_SECONDS:g} s of SIGTERM; killing the rest", file=sys.stderr)
         _signal_session(session, signal.SIGKILL)
         _reaped(time.monotonic() + GRACE_SECONDS)
+    _unlink(segments)
+
+
+def _unlink(segments: Iterable[Path]) -> None:
     for segment in segments:
         segment.unlink(missing_ok=True)
 
