@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,8 @@ def soak(args: Args) -> str:
     weights = {spec.name: torch.randn(spec.shape) * 0.02 for spec in specs}
     prompts = [Prompt(index=i, text="", token_ids=tuple(range(i, i + 8))) for i in range(8)]
     lines, begun = "", time.perf_counter()
-    with running(base, args, max_model_len=128) as sidecar:
+    # Of a small KV cache all pages have soon been used; of a large one the system gives page after page.
+    with running(base, args, max_model_len=128, flags=("--num-gpu-blocks-override", "128")) as sidecar:
         fleet = fleet_of(sidecar)
         client = RolloutClient(
             fleet,
@@ -152,11 +153,18 @@ def soak(args: Args) -> str:
 
 
 @contextmanager
-def running(model_dir: Path, args: Args, *, max_model_len: int) -> Iterator[Sidecar]:
+def running(model_dir: Path, args: Args, *, max_model_len: int, flags: Sequence[str] = ()) -> Iterator[Sidecar]:
     """A sidecar that generates."""
     log = Path(tempfile.gettempdir()) / "benchmark-push.log"
     with Sidecar(
-        args.sidecar_python, model_dir, dtype="float32", max_model_len=max_model_len, seed=1, log_path=log, timeout=900
+        args.sidecar_python,
+        model_dir,
+        dtype="float32",
+        max_model_len=max_model_len,
+        seed=1,
+        log_path=log,
+        more_flags=flags,
+        timeout=900,
     ) as sidecar:
         sidecar.wait_until_ready()
         yield sidecar
@@ -209,7 +217,7 @@ def page(rows: list[str], soaked: str) -> str:
         text += (
             "\n## Soak\n\nA push and 128 responses, round after round, on the tiny base model; files and gloo in turn, "
             "each with a connection of its own. Memory that belongs to the processes alone (USS), MiB; files of ours "
-            "and vLLM's in shared memory.\n\n"
+            "and vLLM's in shared memory. The KV cache is kept small, so that all of its pages are soon in use.\n\n"
             "| round | after | trainer | sidecar | files |\n|---|---|---|---|---|\n" + soaked
         )
     return text

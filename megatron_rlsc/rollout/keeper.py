@@ -53,9 +53,10 @@ def follow_keeper() -> None:
 
 def keep(parent: int, run_dir: Path, command: list[str]) -> int:
     """Runs `command` to its end or ours, and returns its exit status, negative for a signal."""
+    told: list[int] = []
 
     def end(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+        told.append(signum)  # and no more: raised while the command is being started, nobody would know its process id
 
     signal.signal(signal.SIGTERM, end)
     try:
@@ -66,7 +67,7 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
         segments: set[Path] = set()
         look_at = 0.0
         try:
-            while True:
+            while not told:
                 if time.monotonic() >= look_at:
                     segments |= _segments_of(leader)
                     (run_dir / _SEGMENTS).write_text("\n".join(map(str, segments)))  # for whoever finds us killed
@@ -75,6 +76,7 @@ def keep(parent: int, run_dir: Path, command: list[str]) -> int:
                 if pid == leader:
                     return os.waitstatus_to_exitcode(status)
                 time.sleep(_POLL_SECONDS)
+            return 128 + told[0]
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _end_session(leader, segments)

@@ -58,6 +58,7 @@ class Sidecar:
         kv_cache_gib: int = 1,
         devices: Sequence[int] = (),
         cores: str = "",
+        more_flags: Sequence[str] = (),
         timeout: float = 600.0,
     ) -> None:
         """
@@ -75,6 +76,7 @@ class Sidecar:
             kv_cache_gib: GiB of KV cache on a CPU.
             devices: the GPUs that it sees, by their index on this machine; empty leaves the environment's.
             cores: vLLM's VLLM_CPU_OMP_THREADS_BIND, the CPUs of each worker; empty leaves the choice to vLLM.
+            more_flags: of vLLM's own.
             timeout: seconds from `wait_until_ready()` to the first token.
         """
         self.key = secrets.token_urlsafe(32)
@@ -95,6 +97,7 @@ class Sidecar:
             *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
             *("--tensor-parallel-size", str(tensor_parallel_size)),
             *("--gpu-memory-utilization", str(gpu_memory_utilization)),
+            *more_flags,
         ]
 
     def __enter__(self) -> Sidecar:
