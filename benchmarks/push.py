@@ -143,13 +143,21 @@ def soak(args: Args) -> str:
             assert len(samples) == 128
             sync.close()
             if number == 1 or number % (args.rounds // 5) == 0:
-                files = sum(1 for path in Path("/dev/shm").rglob("*") if "rlsc" in str(path) or "vllm" in str(path))
-                lines += (
-                    f"| {number} | {time.perf_counter() - begun:.0f} s | {memory([psutil.Process()]):.0f} "
-                    f"| {memory(psutil.Process().children(recursive=True)):.0f} | {files} |\n"
-                )
-                print(lines.splitlines()[-1], flush=True)
+                lines += soaked(f"{number}", begun)
+        for number in range(args.rounds):
+            sync = WeightSync(fleet, specs=specs, timeout=60, transport="gloo" if number % 2 else "file")
+            sync.push(weights.items())
+            sync.close()
+        lines += soaked(f"and {args.rounds} pushes alone", begun)
     return lines
+
+
+def soaked(what: str, begun: float) -> str:
+    """A row: memory of this process, and of the sidecar's."""
+    ours, theirs = memory([psutil.Process()]), memory(psutil.Process().children(recursive=True))
+    row = f"| {what} | {time.perf_counter() - begun:.0f} s | {ours:.0f} | {theirs:.0f} |\n"
+    print(row, end="", flush=True)
+    return row
 
 
 @contextmanager
@@ -216,9 +224,9 @@ def page(rows: list[str], soaked: str) -> str:
     if soaked:
         text += (
             "\n## Soak\n\nA push and 128 responses, round after round, on the tiny base model; files and gloo in turn, "
-            "each with a connection of its own. Memory that belongs to the processes alone (USS), MiB; files of ours "
-            "and vLLM's in shared memory. The KV cache is kept small, so that all of its pages are soon in use.\n\n"
-            "| round | after | trainer | sidecar | files |\n|---|---|---|---|---|\n" + soaked
+            "each with a connection of its own. Memory that belongs to the processes alone (USS), MiB. "
+            "The KV cache is kept small, so that all of its pages are soon in use.\n\n"
+            "| round | after | trainer | sidecar |\n|---|---|---|---|\n" + soaked
         )
     return text
 
