@@ -29,31 +29,33 @@ from megatron_rlsc.interrupt import STOP
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.lock import locked
 from megatron_rlsc.recipe import dump_recipe, load_recipe
+from megatron_rlsc.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    EXPORT,
+    EXPORTS,
+    GUARD,
+    HELD_OUT,
+    INPUTS,
+    LAUNCHER,
+    LOCK,
+    METRICS,
+    REPORT,
+    ROLLOUTS,
+    SHOWN,
+    SIDECAR_LOGS,
+    STATUS,
+    SUMMARY,
+    TENSORBOARD,
+)
 
-CONFIG = "config.toml"
-INPUTS = "inputs.json"
-"""{setting: sha256 of the files that it names}, of those that a path alone does not tell apart."""
-METRICS = "metrics.jsonl"
-HELD_OUT = "held_out.jsonl"
-"""Of --eval-interval: a line an evaluation."""
-TENSORBOARD = "tensorboard"
-ROLLOUTS = "rollouts"
-CHECKPOINTS = "checkpoints"
-EXPORT = "hf"
-EXPORTS = "exports"
-"""Of steps before the last: iter_0000010, ..."""
-STATUS = "status"
-"""One line; its first word is `running`, `stopped`, `done` or `failed`. What crashes leaves `running`."""
-LAUNCHER = "launcher"
-"""What a launcher keeps there, before the run begins already; never deleted here."""
-SIDECAR_LOGS = "sidecars"
-"""A log a replica: 0.log, 1.log, ..."""
-EVALUATION, SUMMARY = "evaluation", "summary.json"
-"""What examples/ add when a run is done."""
 WRITTEN = (
     INPUTS,
     METRICS,
     HELD_OUT,
+    SHOWN,
+    GUARD,
     TENSORBOARD,
     ROLLOUTS,
     CHECKPOINTS,
@@ -62,12 +64,12 @@ WRITTEN = (
     SIDECAR_LOGS,
     EVALUATION,
     SUMMARY,
+    REPORT,
 )
 """What is deleted to begin anew. `config.toml` marks the folder as a run's, and is replaced."""
 WORTH_KEEPING = (METRICS, f"{CHECKPOINTS}/{TRACKER}", EXPORT)
 """A run that has none of these failed before its first step."""
 
-LOCK = "run.lock"
 ALIVE = "--output-dir {folder} belongs to a run that is alive, {{holder}}: end that one first, or name another folder"
 
 
