@@ -13,6 +13,7 @@ export PATH := $(dir $(TRAINER_PYTHON)):$(PATH)
 export RLSC_SIDECAR_PYTHON ?= $(CURDIR)/.venv-sidecar/bin/python
 
 test: lint
+	bash tests/reporting/install.sh
 	$(TRAINER_PYTHON) -m pytest
 
 # The launcher on a real Slurm of emulated nodes: root, and a kernel that gives out namespaces.

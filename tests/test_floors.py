@@ -21,6 +21,7 @@ FLOORS = {
     "interrupt": 0,
     "lock": 0,
     "recipe": 0,
+    "run_files": 0,
     "types": 0,
     "batching": 1,
     "checkpoints": 1,
@@ -33,6 +34,7 @@ FLOORS = {
     "memory": 1,
     "objective": 1,
     "planning": 1,
+    "reporting": 1,
     "run_dir": 1,
     "tokenizer": 1,
     "tracking": 1,
@@ -60,6 +62,9 @@ NEIGHBOURS = {
     ("data", "tokenizer"),  # prompts are token ids
     ("evaluation", "data"),  # questions are asked as they are in training
     ("evaluation", "tokenizer"),
+    ("reporting", "evaluation"),  # the arithmetic of the table
+    ("reporting", "journal"),
+    ("reporting", "tokenizer"),  # a journal has token ids alone
     ("preflight", "sampler"),  # what the trainer's first rank checks, by the function that it does it with
     ("responder", "servers"),
     ("sampler", "held_out"),  # the sidecar must take its prompts as well
@@ -143,7 +148,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["config", "types", "conversion.rules", "conversion.shape", "rollout.client"])
+@pytest.mark.parametrize(
+    "name", ["config", "types", "conversion.rules", "conversion.shape", "reporting.page", "rollout.client"]
+)
 def test_imports_no_torch(name):
     done = run(f"import sys, megatron_rlsc.{name}; print('torch' in sys.modules)")
     assert done.stdout == "False\n", done.stderr

@@ -50,7 +50,7 @@ make_trainer() {
     begin $venv || return 0
     # By this plain line and before all else: a build of torch that the machine offers is taken, and stays.
     stage $venv "torch" $venv/bin/pip install torch==2.13.0
-    stage $venv "megatron_rlsc and what it needs" $venv/bin/pip install -e '.[eval,hub,dev]'
+    stage $venv "megatron_rlsc and what it needs" $venv/bin/pip install -e '.[eval,hub,report,dev]'
     # For tests/policy/test_transformer_engine.py: its Python without the CUDA extension, and so beside site-packages,
     # where megatron-core would find half of it and break.
     stage $venv "Transformer Engine's names" \

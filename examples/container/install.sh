@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 "$python" -m venv "$folder/.venv"
 pip=$folder/.venv/bin/pip
 "$pip" install torch==2.13.0 setuptools wheel ninja packaging
-"$pip" install '.[eval,hub]'
+"$pip" install '.[eval,hub,report]'
 # Transformer Engine's extension is C++ alone: it wants the headers of cuDNN and NCCL that came with torch. Without
 # core_cu13 its core library would be CUDA 12's.
 site=$("$folder/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
