@@ -97,7 +97,8 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     data_path: Path = Path("prompts.jsonl")
-    """Questions: a JSONL whose lines have a `problem` or a `question`. Labels are never read."""
+    """Questions: a JSONL whose lines have a `problem` or a `question`. Labels are read by the objective `verified`
+    alone."""
     prompt_template: str = "qwen25-math-cot"
     """`qwen25-math-cot` (the paper's system prompt), `plain`, or a text of your own with `{problem}` in it."""
     apply_chat_template: bool = True
@@ -236,14 +237,35 @@ def _is_server(url: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
+    objective: Literal[
+        "rlsc",
+        "rlsc-length",
+        "rlsc-group",
+        "rlsc-power",
+        "negative-entropy",
+        "ttrl",
+        "self-sft",
+        "random",
+        "verified",
+    ] = "rlsc"
+    """What a response weighs in the loss: see docs/objectives.md. `verified` alone reads labels, the `answer` of each
+    line of data_path."""
     alpha: float = 0.1
-    """The constant of L2; 0 gives L1."""
+    """The constant of L2; 0 gives L1. Of the rlsc methods alone."""
+    power: float = 0.5
+    """Of rlsc-power: the exponent of p_old."""
     weight_scale: Literal["none", "batch-max"] = "none"
     """`none`: the paper's weights. `batch-max`: all divided by the largest of the global batch, so that L1 keeps its
     direction where exp(log p) of a long response underflows; costs one more forward pass."""
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 0, f"alpha must not be negative, it is {self.alpha}")
+        _require(self.power > 0, f"power must be positive, it is {self.power}")
+        _require(
+            self.weight_scale == "none" or self.objective in ("rlsc", "rlsc-power"),
+            f"weight_scale {self.weight_scale} is for weights that underflow, and those of {self.objective} do not: "
+            f"give up either",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +315,7 @@ KEPT_BY_RESUME = {
     "model": ("load",),
     "data": ("data_path", "prompt_template", "apply_chat_template", "prompts_per_step"),
     "rollout": ("samples_per_prompt", "temperature", "max_response_length", "replay_rollouts"),
-    "objective": ("alpha", "weight_scale"),
+    "objective": ("objective", "alpha", "power", "weight_scale"),
     "train": ("seed",),
 }
 """{section: settings} that say what a run learns, and from what: resuming with others needs `allow_changed`."""
@@ -402,4 +424,9 @@ class Config:
             not self.optimizer.use_precision_aware_optimizer
             or (self.model.bf16 and self.parallel.use_distributed_optimizer),
             "use_precision_aware_optimizer needs bf16 and use_distributed_optimizer: its shards are what changes dtype",
+        )
+        alone = self.objective.objective in ("rlsc", "rlsc-length", "rlsc-power", "self-sft")
+        _require(
+            alone or self.rollout.samples_per_prompt > 1,
+            f"{self.objective.objective} weighs a response against its siblings, and samples_per_prompt is 1",
         )

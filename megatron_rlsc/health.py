@@ -7,33 +7,52 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from megatron_rlsc.objective import log_weights, response_losses
+from megatron_rlsc.config import ObjectiveConfig
 from megatron_rlsc.types import Health, ResponseScores, Sample
 
 NEGLIGIBLE = 0.01
 """p_old counts as negligible beside alpha below this share of it."""
 
 
-def measure_health(samples: Sequence[Sample], scores: ResponseScores, *, alpha: float, shift: float) -> Health:
-    """The step's figures; `scores` are p_old's, in the order of `samples`."""
+def measure_health(
+    samples: Sequence[Sample],
+    scores: ResponseScores,
+    weights: Tensor,
+    objective: ObjectiveConfig,
+    rewards: Tensor | None = None,
+) -> Health:
+    """The step's figures.
+
+    Args:
+        scores: p_old's, in the order of `samples`.
+        weights: [B] float64, of the responses in the loss.
+        rewards: [B], where the method takes one.
+    """
     logprobs, tokens = scores.logprobs, int(scores.lengths.sum())
-    weights = (log_weights(logprobs, alpha) - shift).exp()
-    relative = (log_weights(logprobs, alpha) - log_weights(logprobs, alpha).max()).exp()
+    relative = weights / weights.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     return Health(
-        loss=float(response_losses(logprobs, logprobs, alpha=alpha, shift=shift).mean()),
+        loss=-float((weights * logprobs).mean()),
         confidence=float(logprobs.exp().mean()),
         log_confidence=float(logprobs.logsumexp(0)) - math.log(len(samples)),
         identical_share=identical_share(samples),
         token_probability=math.exp(float(logprobs.sum()) / tokens),
-        negligible_share=float((logprobs < math.log(NEGLIGIBLE * alpha)).double().mean()) if alpha > 0 else 0.0,
-        effective_samples=float(relative.sum() ** 2 / (relative**2).sum()),
-        underflow=bool((weights.float() == 0).all()),
+        negligible_share=_negligible_share(logprobs, objective),
+        effective_samples=float(relative.abs().sum() ** 2 / (relative**2).sum()) if relative.any() else 0.0,
+        weightless=bool((weights.float() == 0).all()),
         token_entropy=float(scores.entropy.sum()) / tokens,
         response_length=tokens / len(samples),
         truncated_share=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         logprob_difference=float(scores.rollout_difference.max()),
+        reward=None if rewards is None else float(rewards.mean()),
     )
+
+
+def _negligible_share(logprobs: Tensor, objective: ObjectiveConfig) -> float:
+    if objective.objective != "rlsc" or objective.alpha == 0:
+        return 0.0
+    return float((logprobs < math.log(NEGLIGIBLE * objective.alpha)).double().mean())
 
 
 def identical_share(samples: Sequence[Sample]) -> float:

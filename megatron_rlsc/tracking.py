@@ -100,8 +100,8 @@ def flatten(stats: StepStats) -> dict[str, float]:
     """{tag: value} of a step, `step` first."""
 
     def tagged(record: Any) -> dict[str, float]:
-        fields = dataclasses.fields(record)
-        return {f.metadata["tag"]: float(getattr(record, f.name)) for f in fields if "tag" in f.metadata}
+        named = {f.metadata["tag"]: getattr(record, f.name) for f in dataclasses.fields(record) if "tag" in f.metadata}
+        return {tag: float(value) for tag, value in named.items() if value is not None}
 
     phases = {f"time/{name}": seconds for name, seconds in stats.seconds.items()}
     return {"step": stats.step} | tagged(stats.health) | tagged(stats) | phases

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +13,19 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint, step_dir
 from megatron_rlsc.conversion.hf import copy_config_files, write_hf
 from megatron_rlsc.conversion.shape import read_shape
-from megatron_rlsc.health import ProbeLimit, measure_health, require_sound
+from megatron_rlsc.health import ProbeLimit, measure_health
 from megatron_rlsc.held_out import NoHeldOut, open_held_out
 from megatron_rlsc.interrupt import EXPORT as EXPORT_NOW
 from megatron_rlsc.interrupt import STOP, Interruption, Urgency
 from megatron_rlsc.journal import Journal, decode, encode
-from megatron_rlsc.objective import response_losses, weight_shift
+from megatron_rlsc.learning import learn, urgency
 from megatron_rlsc.planning import check_layout
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
 from megatron_rlsc.recipe import dump_recipe
+from megatron_rlsc.rewards import NoJudge, open_judge
 from megatron_rlsc.run_dir import (
     ALL,
     CHECKPOINTS,
@@ -39,7 +39,7 @@ from megatron_rlsc.run_dir import (
 )
 from megatron_rlsc.sampler import Follower, Sampler, build_sampler
 from megatron_rlsc.tracking import Timer, Tracker, require_figure
-from megatron_rlsc.types import MicroBatch, Progress, ResponseScores, Sample, StepStats
+from megatron_rlsc.types import MicroBatch, Progress, Sample, StepStats
 
 
 def train(
@@ -48,6 +48,7 @@ def train(
     sampler: Sampler,
     tracker: Tracker,
     saver: Saver,
+    judge: NoJudge,
     held_out: NoHeldOut,
     stop: Interruption,
     *,
@@ -78,7 +79,7 @@ def train(
                 journal.write(step, samples)
 
         with held_out.meanwhile(progress, timer), timer.phase("train"):
-            learned = samples and learn(config, policy, to_batch(samples), len(samples), stop, step)
+            learned = samples and learn(config, policy, samples, to_batch(samples), judge, stop, step)
         if not learned:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
         progress = replace(progress, step=step, prompts=progress.prompts + config.data.prompts_per_step)
@@ -89,7 +90,7 @@ def train(
         seconds = timer.lap()
         stats = StepStats(
             step=step,
-            health=measure_health(samples, learned.scores, alpha=config.objective.alpha, shift=learned.shift),
+            health=measure_health(samples, learned.scores, learned.weights, config.objective, learned.rewards),
             gradient_norm=learned.gradient_norm,
             learning_rate=learned.learning_rate,
             weight_shift=learned.shift,
@@ -99,8 +100,8 @@ def train(
             seconds=seconds,
         )
         tracker.log(stats)
-        if stats.health.underflow:
-            tracker.say(UNDERFLOW)
+        if stats.health.weightless:
+            tracker.say(WEIGHTLESS)
         saver.look()
         if config.train.saves_after(step):
             saver.save(progress)
@@ -117,52 +118,10 @@ def train(
     return progress
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
-    """A step's updates."""
-
-    scores: ResponseScores
-    """p_old's, of the policy that the sampler has."""
-    shift: float
-    """Of the weights."""
-    gradient_norm: float
-    """Of the last update."""
-    learning_rate: float
-    """Likewise."""
-
-
-def learn(
-    config: Config, policy: Policy, batch: list[MicroBatch], num_samples: int, stop: Interruption, step: int
-) -> Learned | None:
-    """All updates of a step, or none: then the run is to end at once, and the result is None."""
-    alpha, scale = config.objective.alpha, config.objective.weight_scale
-    updates, limit = config.train.updates_per_rollout, config.rollout.difference_limit(bf16=config.model.bf16)
-
-    def abandoned() -> bool:
-        return stop.at_once
-
-    # The first update's own pass gives p_old: another is needed for a shift, or for updates after it alone.
-    needs_old = updates > 1 or scale != "none"
-    old = policy.score(batch, num_samples, abandoned=abandoned).logprobs if needs_old else None
-    shift = 0.0 if old is None else weight_shift(old, alpha, scale)
-    objective = partial(response_losses, alpha=alpha, shift=shift)
-    scores = policy.forward_backward(batch, num_samples, objective, old_logprobs=old, abandoned=abandoned)
-    if urgency(stop, policy.parallel) is Urgency.AT_ONCE:
-        return None
-    first, max_difference = scores, limit  # the sampler has these weights, and no later ones
-    for update in range(updates):
-        if update > 0:
-            scores = policy.forward_backward(batch, num_samples, objective, old_logprobs=old)
-            max_difference = math.inf
-        gradient_norm = policy.gradient_norm()
-        require_sound(scores, gradient_norm, step=step, max_difference=max_difference)
-        learning_rate = policy.step()
-    return Learned(scores=first, shift=shift, gradient_norm=gradient_norm, learning_rate=learning_rate)
-
-
-UNDERFLOW = (
-    "warning: every response weighs 0 in float32, so this step learned nothing: exp(log p_old) of responses this long "
-    "underflows. --weight-scale batch-max keeps the direction of the loss"
+WEIGHTLESS = (
+    "warning: every response weighs 0, so this step learned nothing: exp(log p_old) of responses this long underflows "
+    "in float32, for which --weight-scale batch-max keeps the direction of the loss; or, of a method with rewards, all "
+    "siblings of every question had the same one"
 )
 
 
@@ -178,6 +137,7 @@ def run(config: Config, stop: Interruption) -> bool:
     require_figure(config.train.keep_best)
     rank_zero = is_rank_zero()
     sampler = build_sampler(config, model_dir, shape, abandoned=lambda: stop.at_once) if rank_zero else Follower()
+    judge = open_judge(config, model_dir) if rank_zero else NoJudge()
     run_dir = open_run_dir(output, config, model_dir, shape) if rank_zero else nullcontext(ALL)
     with run_dir as trusted, sampler:  # vLLM comes up while the policy is built
         if rank_zero:
@@ -207,8 +167,8 @@ def run(config: Config, stop: Interruption) -> bool:
         files, total = (output / METRICS, output / TENSORBOARD), config.train.train_iters
         with Tracker(*files, start=progress.step, total=total, enabled=parallel.rank == 0) as tracker:
             tracker.say(describe(config, parallel, progress.step))
-            with open_held_out(config, model_dir, sampler, tracker, start=progress.step) as held_out:
-                progress = train(config, policy, sampler, tracker, saver, held_out, stop, progress=progress)
+            with open_held_out(config, model_dir, sampler, tracker, start=progress.step) as held_out, judge:
+                progress = train(config, policy, sampler, tracker, saver, judge, held_out, stop, progress=progress)
             done = progress.step == total
             if done:
                 export(policy, output / EXPORT, model_dir)
@@ -222,11 +182,6 @@ def run(config: Config, stop: Interruption) -> bool:
         parallel.barrier()
     destroy_parallel()
     return done
-
-
-def urgency(stop: Interruption, parallel: Parallel) -> Urgency:
-    """What any rank knows of, on every rank."""
-    return Urgency(parallel.largest(stop.urgency())[0])
 
 
 def synchronize(
@@ -268,9 +223,11 @@ def export(policy: Policy, folder: Path, reference_dir: Path) -> None:
 def describe(config: Config, parallel: Parallel, step: int) -> str:
     """What is about to run, in one line."""
     start = f"resuming after step {step}" if step else "from the start"
+    method = config.objective.objective
+    constant = f", alpha {config.objective.alpha}" if method.startswith("rlsc") else ""
     return (
         f"RLSC | {config.model.load} | {parallel} on "
         f"{parallel.device.type}, {'bf16' if config.model.bf16 else 'fp32'} | {config.data.prompts_per_step} questions "
         f"x {config.rollout.samples_per_prompt} responses a step, T {config.rollout.temperature} | "
-        f"alpha {config.objective.alpha} | lr {config.optimizer.lr} | {config.train.train_iters} steps, {start}"
+        f"{method}{constant} | lr {config.optimizer.lr} | {config.train.train_iters} steps, {start}"
     )

@@ -162,7 +162,7 @@ class Health:
     """What can be said of a step without a label. B responses; p is p_old(y|x), a whole response's probability."""
 
     loss: float = _tag("loss")
-    """Mean over responses of -(p + alpha) log p, after the shift of batch-max."""
+    """Mean over responses of -w log p, w their weights: for RLSC p + alpha, after the shift of batch-max."""
     confidence: float = _tag("confidence/mean")
     """Mean p: the estimate of F = E_{y~p}[p(y|x)], which RLSC raises."""
     log_confidence: float = _tag("confidence/log_mean")
@@ -172,10 +172,10 @@ class Health:
     token_probability: float = _tag("confidence/token_probability")
     """exp(mean token log p)."""
     negligible_share: float = _tag("weights/negligible_share")
-    """Share of responses with p below alpha / 100, which alpha alone weighs."""
+    """Of RLSC: share of responses with p below alpha / 100, which alpha alone weighs."""
     effective_samples: float = _tag("weights/effective_samples")
-    """(sum w)^2 / sum w^2 of the weights p + alpha: B when all weigh alike, 1 when one response is everything."""
-    underflow: bool = _tag("weights/underflow")
+    """(sum |w|)^2 / sum w^2: B when all weigh alike, 1 when one response is everything, 0 when none weighs anything."""
+    weightless: bool = _tag("weights/weightless")
     """Every weight is 0 in float32: the step learns nothing."""
     token_entropy: float = _tag("policy/token_entropy")
     """Mean over response tokens, at the sampling temperature; nats."""
@@ -185,6 +185,8 @@ class Health:
     """Share of responses cut at the limit."""
     logprob_difference: float = _tag("rollout/logprob_difference")
     """Largest |log p of the sampler - log p of the trainer| of a token."""
+    reward: float | None = _tag("reward/mean")
+    """Mean over responses; None where the method takes none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

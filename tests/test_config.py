@@ -166,6 +166,8 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (RolloutConfig, {"sidecar_restarts": -1}, "sidecar_restarts must not be negative"),
         (RolloutConfig, {"stall_timeout": 0.0}, r"stall_timeout must be positive, not 0\.0"),
         (ObjectiveConfig, {"alpha": -0.1}, r"alpha must not be negative, it is -0\.1"),
+        (ObjectiveConfig, {"power": 0.0}, r"power must be positive, it is 0\.0"),
+        (ObjectiveConfig, {"objective": "ttrl", "weight_scale": "batch-max"}, "those of ttrl do not: give up either"),
         (OptimizerConfig, {"lr": -1.0}, "lr must not be negative"),
         (OptimizerConfig, {"clip_grad": -1.0}, "clip_grad must not be negative"),
         (OptimizerConfig, {"exp_avg_dtype": "bf16"}, r"exp_avg_dtype=bf16 needs use_precision_aware_optimizer"),
@@ -186,7 +188,7 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (
             TrainConfig,
             {"resume": True, "allow_changed": ("alpha", "lr", "tp")},
-            "--allow-changed lr tp: a resumed run keeps load, data_path, .*alpha, weight_scale, seed; all else may",
+            "--allow-changed lr tp: a resumed run keeps load, data_path, .*alpha, power, weight_scale, seed; all else",
         ),
     ],
 )

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_rlsc.config import ObjectiveConfig
 from megatron_rlsc.health import identical_share, measure_health, require_sound
-from megatron_rlsc.types import ResponseScores, Sample
+from megatron_rlsc.objective import log_weights
+from megatron_rlsc.types import Health, ResponseScores, Sample
 
 
 def sample(group: int, *tokens: int, finish_reason: str = "stop") -> Sample:
@@ -37,8 +39,8 @@ def scores(*logprobs: float, difference: float = 0.0, length: int = 2) -> Respon
 def test_by_hand():
     samples = [sample(0, 5, 9), sample(0, 5, 9), sample(1, 6, 9), sample(1, 7, 8, finish_reason="length")]
     p = (0.5, 0.5, 0.2, 0.0001)
-    health = measure_health(samples, scores(*map(math.log, p), difference=2e-5), alpha=0.1, shift=0.0)
-    # weights p + alpha: 0.6, 0.6, 0.3, 0.1001
+    weights = torch.tensor([0.6, 0.6, 0.3, 0.1001], dtype=torch.float64)  # p + alpha
+    health = measure_health(samples, scores(*map(math.log, p), difference=2e-5), weights, ObjectiveConfig(alpha=0.1))
     assert health.loss == pytest.approx(
         -(2 * 0.6 * math.log(0.5) + 0.3 * math.log(0.2) + 0.1001 * math.log(0.0001)) / 4
     )
@@ -48,7 +50,7 @@ def test_by_hand():
     assert health.token_probability == pytest.approx((0.5 * 0.5 * 0.2 * 0.0001) ** (1 / 8))
     assert health.negligible_share == 0.25  # 0.0001 < 0.1 / 100
     assert health.effective_samples == pytest.approx(1.6001**2 / (0.36 + 0.36 + 0.09 + 0.1001**2))
-    assert not health.underflow
+    assert not health.weightless
     assert health.token_entropy == 0.25  # 4 * 0.5 nats over 8 tokens
     assert (health.response_length, health.truncated_share, health.logprob_difference) == (2.0, 0.25, 2e-5)
 
@@ -63,16 +65,36 @@ def test_identical_share_counts_ordered_pairs_within_groups():
 def test_long_responses_keep_their_figures_in_log_space():
     """exp(-900) is 0: F is read from its logarithm, and L1 without a shift says that it learns nothing."""
     samples = [sample(0, 1, 2), sample(0, 3, 4)]
-    unscaled = measure_health(samples, scores(-900.0, -901.0), alpha=0.0, shift=0.0)
-    assert (unscaled.confidence, unscaled.loss, unscaled.underflow) == (0.0, 0.0, True)
+    long = scores(-900.0, -901.0)
+
+    def health(alpha: float, shift: float) -> Health:
+        weights = (log_weights(long.logprobs, alpha) - shift).exp()
+        return measure_health(samples, long, weights, ObjectiveConfig(alpha=alpha))
+
+    unscaled = health(0.0, 0.0)
+    assert (unscaled.confidence, unscaled.loss, unscaled.weightless) == (0.0, 0.0, True)
     assert unscaled.log_confidence == pytest.approx(-900 + math.log((1 + math.exp(-1)) / 2))
-    assert unscaled.effective_samples == pytest.approx((1 + math.exp(-1)) ** 2 / (1 + math.exp(-2)))
+    assert unscaled.effective_samples == 0
     assert unscaled.negligible_share == 0.0  # there is no alpha to be beside
-    scaled = measure_health(samples, scores(-900.0, -901.0), alpha=0.0, shift=-900.0)
-    assert not scaled.underflow
+    scaled = health(0.0, -900.0)
+    assert not scaled.weightless
     assert scaled.loss == pytest.approx((900 + 901 * math.exp(-1)) / 2)
-    smoothed = measure_health(samples, scores(-900.0, -901.0), alpha=0.1, shift=0.0)
-    assert (smoothed.negligible_share, smoothed.underflow) == (1.0, False)
+    assert scaled.effective_samples == pytest.approx((1 + math.exp(-1)) ** 2 / (1 + math.exp(-2)))
+    smoothed = health(0.1, 0.0)
+    assert (smoothed.negligible_share, smoothed.weightless) == (1.0, False)
+
+
+def test_advantages_cancel_in_no_figure():
+    """Weights 1.5, -0.5, -0.5, -0.5: (sum |w|)^2 / sum w^2 = 9 / 3; the mean reward of 1, 0, 0, 0 is a quarter."""
+    samples = [sample(0, 5, 9) for _ in range(4)]
+    weights = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    method = ObjectiveConfig(objective="ttrl")
+    health = measure_health(samples, scores(-1.0, -2.0, -2.0, -4.0), weights, method, rewards)
+    assert health.loss == pytest.approx(-(1.5 * -1 + 0.5 * 8) / 4)
+    assert (health.effective_samples, health.reward, health.negligible_share) == (3, 0.25, 0)
+    assert not health.weightless
+    assert measure_health(samples, scores(*[-1.0] * 4), 0 * weights, method, rewards).weightless
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])

@@ -6,13 +6,16 @@ Not covered: how the policy computes log p, and the mean over ranks. tests/polic
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_rlsc.objective import log_weights, response_losses, weight_shift
+from megatron_rlsc.config import ObjectiveConfig
+from megatron_rlsc.objective import METHODS, Responses, group_advantages, log_weights, weigh, weight_shift
 
 STOP, VOCAB, LIMIT = 2, 3, 3
 
@@ -54,6 +57,22 @@ class TinyPolicy(torch.nn.Module):
 def gradient(policy: TinyPolicy, value: Tensor) -> Tensor:
     """[parameters] of a scalar."""
     return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(policy.parameters()))])
+
+
+def response_losses(logprobs: Tensor, old_logprobs: Tensor, *, alpha: float, shift: float = 0.0) -> Tensor:
+    """RLSC's, as the policy has them: -w log p."""
+    old = responses(old_logprobs)
+    return -weigh(ObjectiveConfig(alpha=alpha), old, shift=shift).to(logprobs.dtype) * logprobs
+
+
+def responses(old_logprobs: Tensor, *, lengths: list[int] | None = None, groups: list[int] | None = None) -> Responses:
+    count = len(old_logprobs)
+    return Responses(
+        logprobs=old_logprobs,
+        lengths=torch.tensor(lengths or [1] * count),
+        groups=torch.tensor(groups or [0] * count),
+        advantages=torch.zeros(count),
+    )
 
 
 @pytest.fixture
@@ -126,11 +145,11 @@ def test_numbers_by_hand_with_a_frozen_policy_and_a_shift():
     Losses: 1 x log 4 = 1.38629, 1/2 x log 1 = 0. Unscaled: 3/4 x log 4 = 1.03972.
     """
     logprobs, old_logprobs = torch.tensor([0.25, 1.0]).log(), torch.tensor([0.5, 0.125]).log()
-    shift = weight_shift(old_logprobs, 0.25, "batch-max")
+    shift = weight_shift(old_logprobs, ObjectiveConfig(alpha=0.25, weight_scale="batch-max"))
     assert shift == pytest.approx(math.log(0.75))
     scaled = response_losses(logprobs, old_logprobs, alpha=0.25, shift=shift)
     assert scaled.tolist() == pytest.approx([1.38629, 0], abs=1e-5)
-    assert weight_shift(old_logprobs, 0.25, "none") == 0.0
+    assert weight_shift(old_logprobs, ObjectiveConfig(alpha=0.25, weight_scale="none")) == 0.0
     unscaled = response_losses(logprobs, old_logprobs, alpha=0.25)
     assert unscaled.tolist() == pytest.approx([1.03972, 0], abs=1e-5)
 
@@ -165,7 +184,7 @@ def test_unscaled_l1_is_exactly_zero_in_float64_too():
 def test_batch_max_keeps_the_direction_at_any_length(dtype, offset):
     """Weights in proportion exp(0) : exp(-1) : exp(-10), the direction that float64 has in log space."""
     logprobs = (LONG + offset).to(dtype).requires_grad_()
-    shift = weight_shift(logprobs, 0.0, "batch-max")
+    shift = weight_shift(logprobs, ObjectiveConfig(alpha=0.0, weight_scale="batch-max"))
     assert shift == -300 + offset
     response_losses(logprobs, logprobs, alpha=0.0, shift=shift).sum().backward()
     expected = -(LONG - LONG.logsumexp(0)).exp()  # of unit sum
@@ -176,7 +195,7 @@ def test_batch_max_keeps_the_direction_at_any_length(dtype, offset):
 def test_batch_max_is_the_true_direction_of_a_policy(policy):
     """Where nothing underflows, batch-max is the unscaled gradient times one constant, exp(-shift)."""
     logprobs = policy()
-    shift = weight_shift(logprobs, 0.0, "batch-max")
+    shift = weight_shift(logprobs, ObjectiveConfig(alpha=0.0, weight_scale="batch-max"))
     plain = gradient(policy, response_losses(policy(), logprobs, alpha=0.0).mean())
     scaled = gradient(policy, response_losses(policy(), logprobs, alpha=0.0, shift=shift).mean())
     torch.testing.assert_close(scaled * math.exp(shift), plain, rtol=1e-12, atol=1e-16)
@@ -186,7 +205,9 @@ def test_batch_max_is_the_true_direction_of_a_policy(policy):
 def test_l2_of_long_responses_weighs_them_by_alpha():
     """p_old is negligible beside alpha: every weight is alpha, and under batch-max 1."""
     assert log_weights(LONG, 0.1).exp().tolist() == pytest.approx([0.1, 0.1, 0.1], rel=1e-15)
-    assert weight_shift(LONG, 0.1, "batch-max") == pytest.approx(math.log(0.1), rel=1e-15)
+    assert weight_shift(LONG, ObjectiveConfig(alpha=0.1, weight_scale="batch-max")) == pytest.approx(
+        math.log(0.1), rel=1e-15
+    )
     ones = response_losses(torch.ones(3), LONG.float(), alpha=0.1, shift=math.log(0.1))
     assert ones.tolist() == pytest.approx([-1, -1, -1])
 
@@ -199,6 +220,64 @@ def test_log_weights_are_float64_and_detached():
         assert weights.item() == pytest.approx(math.log(math.exp(-1) + alpha), rel=1e-12)
 
 
-def test_shapes_must_match():
-    with pytest.raises(ValueError, match=r"logprobs \(3,\) and old_logprobs \(2,\) must match"):
-        response_losses(torch.zeros(3), torch.zeros(2), alpha=0.1)
+def test_every_objective_has_a_row_and_every_row_is_one():
+    choices = get_args(get_type_hints(ObjectiveConfig)["objective"])
+    assert choices == tuple(METHODS)
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0])
+def test_power_follows_the_gradient_of_its_functional(policy, power):
+    """grad E_{y ~ p}[p^power] = (1 + power) E_{y ~ p}[p^power grad log p]."""
+    config = ObjectiveConfig(objective="rlsc-power", power=power, alpha=0.1)
+    logprobs = policy()
+    weights = weigh(config, responses(logprobs))
+    ours = gradient(policy, -(logprobs.exp().detach() * weights * logprobs).sum())
+    functional = gradient(policy, ((1 + power) * policy()).exp().sum())
+    torch.testing.assert_close(ours, -functional / (1 + power), rtol=1e-11, atol=1e-14)
+    assert weight_shift(logprobs, replace(config, alpha=0, weight_scale="batch-max")) == power * logprobs.max().item()
+
+
+def test_negative_entropy_follows_the_gradient_of_its_functional(policy):
+    """grad sum_y p log p = E[(log p + 1) grad log p]: any constant beside log p has no gradient in expectation."""
+    logprobs = policy()
+    weights = weigh(ObjectiveConfig(objective="negative-entropy"), responses(logprobs))
+    ours = gradient(policy, -(logprobs.exp().detach() * weights * logprobs).sum())
+    functional = gradient(policy, (policy().exp() * policy()).sum())
+    torch.testing.assert_close(ours, -functional, rtol=1e-11, atol=1e-14)
+
+
+def test_the_other_weights_by_hand():
+    """Two questions, p = 1/2, 1/8 and 1/4, 1/4, of 1, 3, 2 and 2 tokens; alpha 0.1.
+
+    rlsc-length: 1/2, (1/8)^(1/3) = 1/2, (1/4)^(1/2) = 1/2 twice, each + 0.1.
+    rlsc-group: means 5/16 and 1/4, so 1.6, 0.4, 1, 1, each + 0.1.
+    negative-entropy: log 1/2 and log 1/8 around their mean log 1/4: log 2, -log 2; 0, 0.
+    """
+    four = responses(torch.tensor([0.5, 0.125, 0.25, 0.25]).log(), lengths=[1, 3, 2, 2], groups=[0, 0, 1, 1])
+    expected = {
+        "rlsc": [0.6, 0.225, 0.35, 0.35],
+        "rlsc-length": [0.6, 0.6, 0.6, 0.6],
+        "rlsc-group": [1.7, 0.5, 1.1, 1.1],
+        "rlsc-power": [0.5**0.5 + 0.1, 0.125**0.5 + 0.1, 0.6, 0.6],
+        "negative-entropy": [math.log(2), -math.log(2), 0, 0],
+        "self-sft": [1, 1, 1, 1],
+    }
+    for name, weights in expected.items():
+        assert weigh(ObjectiveConfig(objective=name), four).tolist() == pytest.approx(weights, abs=1e-7), name
+    by_reward = [name for name, method in METHODS.items() if method.reward != "none"]
+    assert {*expected, *by_reward} == set(METHODS)
+    rewarded = replace(four, advantages=torch.tensor([1.0, -1.0, 0.0, 2.0]))
+    for name in by_reward:
+        assert weigh(ObjectiveConfig(objective=name), rewarded).tolist() == [1, -1, 0, 2]
+
+
+def test_group_weights_are_exact_where_p_underflows():
+    """exp(-900) is 0; e^0 and e^-1 of their sum, times 2."""
+    weights = weigh(ObjectiveConfig(objective="rlsc-group", alpha=0), responses(torch.tensor([-900.0, -901.0])))
+    assert weights.tolist() == pytest.approx([2 / (1 + math.exp(-1)), 2 / (1 + math.e)], rel=1e-6)
+
+
+def test_advantages_by_hand():
+    """1, 0, 0, 0: mean 1/4, std ((0.75^2 + 3 * 0.25^2) / 3)^0.5 = 0.5; 1, 1 and a lone 0: no spread."""
+    found = group_advantages(torch.tensor([1.0, 1, 0, 0, 1, 0, 0]), torch.tensor([0, 1, 0, 0, 1, 0, 2]))
+    assert found.tolist() == pytest.approx([1.5, 0, -0.5, -0.5, 0, -0.5, 0])

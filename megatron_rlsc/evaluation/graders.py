@@ -58,6 +58,10 @@ class Graders:
         """Whether each problem's own answer can be compared."""
         return self._map(_is_gradable, [(problem,) for problem in problems], False)
 
+    def answers(self, responses: Sequence[tuple[str, bool]]) -> list[str | None]:
+        """What each (response, whether it is whole) gives as its answer, in order; None where it gives none."""
+        return self._map(_answer_of, list(responses), None)
+
     def votes(self, answers: Sequence[str], problem: Problem) -> list[int]:
         """Answers as classes of those that are one: the place of the first that each is the same as."""
         classes: list[int] = []
@@ -140,6 +144,13 @@ def _grade(cpu_seconds: float, response: str, problem: Problem, whole: bool, las
 
     with _limited(cpu_seconds):
         return grade(response, problem, whole=whole, last_line=last_line)
+
+
+def _answer_of(cpu_seconds: float, response: str, whole: bool) -> str | None:
+    from megatron_rlsc.evaluation.grading import answer_of
+
+    with _limited(cpu_seconds):
+        return answer_of(response, whole=whole)
 
 
 def _is_gradable(cpu_seconds: float, problem: Problem) -> bool:

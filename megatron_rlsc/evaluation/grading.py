@@ -37,8 +37,8 @@ def grade(response: str, problem: Problem, *, whole: bool = True, last_line: boo
         last_line: whether a response without a box is searched for an answer in its last line.
     """
     boxes = all_boxed(response)
-    answer = boxes[-1] if boxes else in_last_line(response) if whole and last_line else None
-    if answer is None or not answer.strip() or len(answer) > LONGEST:
+    answer = answer_of(response, whole=whole, last_line=last_line)
+    if answer is None:
         return Grade(verdict="no answer", boxed=bool(boxes))
     given = [answer]
     if (several := _how_many(problem)) > 1 and boxes:
@@ -116,6 +116,14 @@ def _numbers(expression: Any) -> list[float]:
 
 
 # What a response gives as its answer.
+
+
+def answer_of(response: str, *, whole: bool = True, last_line: bool = True) -> str | None:
+    """What its last box holds, or else its last line gives; None where that is nothing. See `grade`."""
+    answer = last_boxed(response)
+    if answer is None and whole and last_line:
+        answer = in_last_line(response)
+    return None if answer is None or not answer.strip() or len(answer) > LONGEST else answer
 
 
 def last_boxed(response: str) -> str | None:

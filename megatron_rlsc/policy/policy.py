@@ -30,8 +30,8 @@ from megatron_rlsc.policy.save import Save, begin_save, write_now
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
 from megatron_rlsc.types import MicroBatch, Progress, ResponseScores
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""log p_theta and log p_old of d responses, [d] each -> their losses, [d]."""
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""log p_theta without its gradient, tokens, and rows in the global batch, of d responses, [d] each -> weights, [d]."""
 
 
 class Policy:
@@ -77,31 +77,28 @@ class Policy:
             abandoned: see `forward_backward`.
         """
         with torch.no_grad(), self._at(temperature):
-            return self._run(micro_batches, num_samples, None, None, abandoned)
+            return self._run(micro_batches, num_samples, None, abandoned)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
         num_samples: int,
-        objective: Objective,
+        weigh: Weigh,
         *,
-        old_logprobs: Tensor | None = None,
         abandoned: Callable[[], bool] | None = None,
     ) -> ResponseScores:
-        """Scores every response and accumulates the gradient of the mean of `objective` over the global batch.
+        """Scores every response and accumulates the gradient of -w log p_theta, its mean over the global batch.
 
         No weight changes before `step`, so what the scores show can still stop the update.
 
         Args:
-            old_logprobs: [B] log p_old of an earlier pass; None where the policy is still p_old, and this one gives it.
+            weigh: gives w. Where the policy is still p_old, the log p that it is given is p_old's.
             abandoned: looked at between micro-batches; a pass that is cut short is worth nothing (curtail.py).
         """
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if old_logprobs is not None:
-            old_logprobs = old_logprobs.to(self.parallel.device)
-        return self._run(micro_batches, num_samples, objective, old_logprobs, abandoned)
+        return self._run(micro_batches, num_samples, weigh, abandoned)
 
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, before clipping."""
@@ -206,14 +203,13 @@ class Policy:
         self,
         micro_batches: Sequence[MicroBatch],
         num_samples: int,
-        objective: Objective | None,
-        old_logprobs: Tensor | None,
+        weigh: Weigh | None,
         abandoned: Callable[[], bool] | None,
     ) -> ResponseScores:
-        """One pass of Megatron's schedule. `objective` None is forward only."""
+        """One pass of Megatron's schedule. `weigh` None is forward only."""
         interleaved = len(self.ddp) > 1
         batches = micro_batches if abandoned is None else Curtailed(micro_batches, abandoned, self.parallel)
-        loss = partial(_loss, objective=objective, old_logprobs=old_logprobs, parallel=self.parallel)
+        loss = partial(_loss, weigh=weigh, parallel=self.parallel)
         results: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss=loss),
             data_iterator=[iter(batches) for _ in self.ddp] if interleaved else iter(batches),
@@ -221,7 +217,7 @@ class Policy:
             num_microbatches=len(micro_batches),
             seq_length=1,  # never read: variable_seq_lengths
             micro_batch_size=1,
-            forward_only=objective is None,
+            forward_only=weigh is None,
         )
         return self._gather_scores(results, num_samples)
 
@@ -246,8 +242,7 @@ def _loss(
     output: tuple[Tensor, Tensor],
     *,
     batch: MicroBatch,
-    objective: Objective | None,
-    old_logprobs: Tensor | None,
+    weigh: Weigh | None,
     parallel: Parallel,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(summed loss, responses, this micro-batch's scores), as calculate_per_token_loss has it: Megatron divides the
@@ -260,12 +255,6 @@ def _loss(
 
     # Summed over CP before it is weighed: every CP rank has the whole loss, and its own tokens' part of the gradient.
     logprobs = reduce_from_tensor_model_parallel_region(per_response(token_logprobs), group=parallel.cp_group)
-    real = batch.sample_ids >= 0
-    loss = logprobs.new_zeros(())
-    if objective is not None:
-        old = logprobs if old_logprobs is None else old_logprobs[batch.sample_ids]
-        # A filler is multiplied by zero rather than left out, so that its backward pass runs like any other.
-        loss = (objective(logprobs, old) * real).sum()
     with torch.no_grad():
         difference = (token_logprobs - batch.rollout_logprobs).abs()
         worst = difference.new_zeros(documents).scatter_reduce(0, batch.segments, difference, "amax")
@@ -274,5 +263,11 @@ def _loss(
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel.cp_group)
             dist.all_reduce(sums, group=parallel.cp_group)
         rows = torch.stack([logprobs, *sums, worst], dim=1).double()
+    real = batch.sample_ids >= 0
+    loss = logprobs.new_zeros(())
+    if weigh is not None:
+        weights = weigh(logprobs.detach(), sums[1], batch.sample_ids).to(logprobs)
+        # A filler is multiplied by zero rather than left out, so that its backward pass runs like any other.
+        loss = -(weights * logprobs * real).sum()
     count = real.sum().int() if parallel.cp_rank == 0 else real.new_zeros((), dtype=torch.int32)
     return loss, count, {"sample_ids": batch.sample_ids, "rows": rows}

@@ -94,7 +94,7 @@ def test_attention_grows_with_the_document_not_with_its_square(
         batch = one_batch([sample], parallel)
 
         def run(policy=policy, batch=batch) -> None:  # type: ignore[no-untyped-def]
-            policy.forward_backward([batch], 1, lambda logprobs, old: -logprobs)
+            policy.forward_backward([batch], 1, lambda logprobs, lengths, rows: torch.ones_like(logprobs))
 
         run()  # gradients' buffers and workspaces are there after the first
         layers, hidden, intermediate = 2, wide.shape.hidden_size, wide.shape.intermediate_size

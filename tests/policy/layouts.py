@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import reference
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_rlsc.batching import pack
-from megatron_rlsc.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlsc.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import response_losses, weight_shift
+from megatron_rlsc.objective import log_weights, weight_shift
 from megatron_rlsc.policy.parallel import init_parallel
-from megatron_rlsc.policy.policy import Objective, Policy
+from megatron_rlsc.policy.policy import Policy, Weigh
 from megatron_rlsc.policy.weights import iter_hf_weights
 from megatron_rlsc.types import MicroBatch, ResponseScores, Sample
 
@@ -167,8 +166,26 @@ class MainGradients:
             yield name, parameter.main_grad
 
 
-def backward(policy: Policy, samples: list[Sample], loss: Objective, *, gather: bool) -> Gradient:
-    scores = policy.forward_backward(pack_for(policy, samples), len(samples), loss)
+def rlsc(alpha: float, shift: float = 0.0) -> Weigh:
+    """RLSC's weights of a policy that is still p_old."""
+
+    def weigh(logprobs: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        return (log_weights(logprobs, alpha) - shift).exp()
+
+    return weigh
+
+
+def looked_up(table: Tensor) -> Weigh:
+    """Weights that are known before the pass."""
+
+    def weigh(logprobs: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        return table[rows]
+
+    return weigh
+
+
+def backward(policy: Policy, samples: list[Sample], weigh: Weigh, *, gather: bool) -> Gradient:
+    scores = policy.forward_backward(pack_for(policy, samples), len(samples), weigh)
     shards = [MainGradients(chunk) for chunk in policy.chunks]
     whole = iter_hf_weights(shards, shape=policy.shape, spec=policy.spec, parallel=policy.parallel)
     by_name = {name: tensor.clone() for name, tensor in whole} if gather else {}
@@ -177,7 +194,7 @@ def backward(policy: Policy, samples: list[Sample], loss: Objective, *, gather: 
 
 def update(policy: Policy, samples: list[Sample]) -> None:
     """One step of RLSC with alpha 0.1."""
-    policy.forward_backward(pack_for(policy, samples), len(samples), partial(response_losses, alpha=0.1))
+    policy.forward_backward(pack_for(policy, samples), len(samples), rlsc(0.1))
     policy.gradient_norm()
     policy.step()
 
@@ -185,9 +202,9 @@ def update(policy: Policy, samples: list[Sample]) -> None:
 def two_updates_on_one_rollout(policy: Policy, samples: list[Sample]) -> None:
     """p_old is what it was before the first."""
     batch = pack_for(policy, samples)
-    old_logprobs = policy.score(batch, len(samples)).logprobs
+    weights = log_weights(policy.score(batch, len(samples)).logprobs, 0.1).exp()
     for _ in range(2):
-        policy.forward_backward(batch, len(samples), partial(response_losses, alpha=0.1), old_logprobs=old_logprobs)
+        policy.forward_backward(batch, len(samples), looked_up(weights))
         policy.gradient_norm()
         policy.step()
 
@@ -201,12 +218,9 @@ def play(layout: Layout, shape: ModelShape, state: dict[str, Tensor], batches: d
     policy = build_policy(layout, shape, state)
     gather = not layout.distributed_optimizer
     scores = {name: policy.score(pack_for(policy, samples), len(samples)) for name, samples in batches.items()}
-    l2 = {
-        name: backward(policy, samples, partial(response_losses, alpha=0.1), gather=gather)
-        for name, samples in batches.items()
-    }
-    shift = weight_shift(scores["seven"].logprobs, 0.0, "batch-max")
-    batch_max = backward(policy, batches["seven"], partial(response_losses, alpha=0.0, shift=shift), gather=gather)
+    l2 = {name: backward(policy, samples, rlsc(0.1), gather=gather) for name, samples in batches.items()}
+    shift = weight_shift(scores["seven"].logprobs, ObjectiveConfig(alpha=0, weight_scale="batch-max"))
+    batch_max = backward(policy, batches["seven"], rlsc(0.0, shift), gather=gather)
     update(policy, batches["seven"])
     update(policy, batches["three"])
     weights = hf_weights(policy)

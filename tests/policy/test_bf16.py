@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pytest
 import reference
 import torch
-from layouts import Gradient, Layout, backward, build_policy, hf_weights, pack_for, update
+from layouts import Gradient, Layout, backward, build_policy, hf_weights, pack_for, rlsc, update
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 from truth import ALPHA, TEMPERATURE, hf_model, truth
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import response_losses
 from megatron_rlsc.types import ResponseScores, Sample
 
 LAYOUTS = (
@@ -90,8 +88,8 @@ def differentiate(
 ) -> tuple[ResponseScores, Gradient]:
     policy = build_policy(layout, shape, state, bf16=True)
     scores = policy.score(pack_for(policy, samples), len(samples))
-    loss = partial(response_losses, alpha=ALPHA)
-    return scores, backward(policy, samples, loss, gather=not layout.distributed_optimizer)
+    weigh = rlsc(ALPHA)
+    return scores, backward(policy, samples, weigh, gather=not layout.distributed_optimizer)
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -5,17 +5,14 @@ Not covered: GPUs, and that the time that is left is short (test_resume.py ends 
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from layouts import Layout, build_policy, hf_weights, pack_for, update
+from layouts import Layout, build_policy, hf_weights, pack_for, rlsc, update
 from torch import Tensor
 from truth import one_update, truth, worst_update
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import response_losses
 from megatron_rlsc.types import Sample
 
 
@@ -34,8 +31,8 @@ def cut_and_update(
         asked += 1
         return asked > after
 
-    loss = partial(response_losses, alpha=0.1)
-    scores = policy.forward_backward(batch, len(samples), loss, abandoned=abandoned)
+    weigh = rlsc(0.1)
+    scores = policy.forward_backward(batch, len(samples), weigh, abandoned=abandoned)
     scored = int((scores.lengths > 0).sum())
     policy.score(batch, len(samples), abandoned=lambda: True)
     update(policy, samples)

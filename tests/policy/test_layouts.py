@@ -16,9 +16,9 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from layouts import Gradient, Layout, Outcome, Place, play
+from layouts import Layout, Outcome, Place, play
 from torch import Tensor
-from truth import LENGTHS, Truth, four_updates, truth, two_updates, worst_update
+from truth import LENGTHS, Truth, check_gradient, four_updates, truth, two_updates, worst_gradient, worst_update
 from world import World
 
 LAYOUTS = (
@@ -88,14 +88,6 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return ((found - expected) / expected).abs().max().item()
 
 
-def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest |found - expected| / |expected| of a parameter; a norm below 1 % of the whole gradient's counts as
-    1 % (a key bias has next to none)."""
-    assert found.keys() == expected.keys()
-    floor = 0.01 * reference.norm(expected)
-    return max(((found[name] - grad).norm() / grad.norm().clamp(min=floor)).item() for name, grad in expected.items())
-
-
 @tied_and_untied
 @on_every_layout
 def test_the_batches_are_played_in_several_micro_batches(layout: Layout, tied: bool, outcomes: Play) -> None:
@@ -145,13 +137,6 @@ def test_batch_max_gradient_is_the_reference_s(layout: Layout, tied: bool, outco
     """L1 over the largest p_old of the global batch, which only one replica's micro-batch holds."""
     expected = truth(tied).of["seven"].batch_max_gradient
     check_gradient([outcome.batch_max for outcome in outcomes(layout, tied)], expected, layout)
-
-
-def check_gradient(found: list[Gradient], expected: dict[str, Tensor], layout: Layout) -> None:
-    for gradient in found:
-        assert gradient.norm == pytest.approx(reference.norm(expected), rel=1e-5)
-    if not layout.distributed_optimizer:
-        assert worst_gradient(found[0].by_name, expected) < 1e-5
 
 
 @tied_and_untied

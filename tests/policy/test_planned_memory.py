@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import Layout
+from layouts import Layout, rlsc
 from live_bytes import counted, peak
 from test_published_models import CONFIGS
 from torch import Tensor
@@ -27,7 +27,6 @@ from megatron_rlsc.batching import pack
 from megatron_rlsc.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
 from megatron_rlsc.memory import StageMemory, count_parameters, plan_memory
-from megatron_rlsc.objective import response_losses
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.types import Sample
 
@@ -178,7 +177,7 @@ def measure(case: Case) -> Measured:
                 layout=case.config.model.sequence_layout,
             )
             assert len(batch) == case.micro_batches
-            learn = partial(policy.forward_backward, batch, len(samples), partial(response_losses, alpha=0.1))
+            learn = partial(policy.forward_backward, batch, len(samples), rlsc(0.1))
             learn()
             policy.gradient_norm()
             policy.step()  # makes the moments

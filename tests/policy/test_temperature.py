@@ -5,18 +5,15 @@ Not covered: that the sampler samples at it (tests/rollout), and temperatures at
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import reference
 import torch
-from layouts import Layout, backward, build_policy, pack_for
+from layouts import Layout, backward, build_policy, pack_for, rlsc
 from torch import Tensor
 from truth import truth
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.objective import response_losses
 from megatron_rlsc.types import ResponseScores, Sample
 
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -27,7 +24,7 @@ def score_and_differentiate(
 ) -> tuple[ResponseScores, ResponseScores, float]:
     policy = build_policy(layout, shape, state, temperature=temperature)
     scores = policy.score(pack_for(policy, samples), len(samples))
-    gradient = backward(policy, samples, partial(response_losses, alpha=0.1), gather=False)
+    gradient = backward(policy, samples, rlsc(0.1), gather=False)
     return scores, gradient.scores, gradient.norm
 
 

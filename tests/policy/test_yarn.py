@@ -6,19 +6,17 @@ vLLM's are in tests/rollout. Not covered: Transformer Engine.
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import reference
 import torch
-from layouts import Layout, backward, build_policy, pack_for
+from layouts import Layout, backward, build_policy, pack_for, rlsc
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 from truth import TEMPERATURE, truth
 from world import World
 
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
-from megatron_rlsc.objective import response_losses
 from megatron_rlsc.types import ResponseScores, Sample
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -44,7 +42,7 @@ def score_and_differentiate(
 ) -> tuple[ResponseScores, float]:
     policy = build_policy(layout, shape, state, temperature=TEMPERATURE)
     scores = policy.score(pack_for(policy, samples), len(samples))
-    return scores, backward(policy, samples, partial(response_losses, alpha=0.1), gather=False).norm
+    return scores, backward(policy, samples, rlsc(0.1), gather=False).norm
 
 
 @pytest.mark.parametrize(

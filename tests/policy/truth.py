@@ -7,8 +7,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import reference
 import torch
+from layouts import Gradient, Layout
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -138,3 +140,19 @@ def worst_update(found: dict[str, Tensor], expected: dict[str, Tensor], before: 
     return max(
         ((found[name] - expected[name]).norm() / (expected[name] - before[name]).norm()).item() for name in found
     )
+
+
+def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest |found - expected| / |expected| of a parameter; a norm below 1 % of the whole gradient's counts as
+    1 % (a key bias has next to none)."""
+    assert found.keys() == expected.keys()
+    floor = 0.01 * reference.norm(expected)
+    return max(((found[name] - grad).norm() / grad.norm().clamp(min=floor)).item() for name, grad in expected.items())
+
+
+def check_gradient(found: list[Gradient], expected: dict[str, Tensor], layout: Layout) -> None:
+    """Of every rank; 1e-5."""
+    for gradient in found:
+        assert gradient.norm == pytest.approx(reference.norm(expected), rel=1e-5)
+    if not layout.distributed_optimizer:
+        assert worst_gradient(found[0].by_name, expected) < 1e-5
