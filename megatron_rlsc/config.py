@@ -351,6 +351,9 @@ class TrainConfig:
     eval_data_path: Path | None = None
     """Held-out problems: a JSONL whose lines have a `problem` or a `question`, and an `answer`, which nothing but the
     evaluation sees. They are asked as in training, greedily."""
+    eval_samples: int = 1
+    """Responses to each of them: more than one are drawn as in training, for avg@k and pass@k, instead of the greedy
+    one."""
     grace_seconds: float = 120.0
     """From SIGTERM until a rank ends, whether or not the last update has been saved by then."""
     resume: bool = False
@@ -372,6 +375,7 @@ class TrainConfig:
             (self.eval_interval > 0) == (self.eval_data_path is not None),
             "eval_interval says how often eval_data_path is asked: give both",
         )
+        _require(self.eval_samples > 0, f"eval_samples must be at least 1, not {self.eval_samples}")
         _require(self.grace_seconds > 0, f"grace_seconds must be positive, not {self.grace_seconds}")
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         _require(self.resume or not self.allow_changed, "--allow-changed says what --resume may change: give both")

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol, runtime_checkable
 
 from megatron_rlsc.config import Config
 from megatron_rlsc.data import render
 from megatron_rlsc.evaluation.problems import Problem, read_problems
-from megatron_rlsc.evaluation.statistics import accuracy
+from megatron_rlsc.evaluation.statistics import accuracy, ladder, pass_at
 from megatron_rlsc.rollout.client import BegunRollout
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.run_dir import HELD_OUT
@@ -29,8 +30,9 @@ from megatron_rlsc.types import Progress, Prompt, Sample
 class Answers(Protocol):
     """A sampler that can be asked beside the steps."""
 
-    def answer(self, prompts: Sequence[Prompt], version: str) -> BegunRollout:
-        """Greedy responses, one each, of the weights of `version`: begun, while the caller does something else."""
+    def answer(self, prompts: Sequence[Prompt], samples: int, version: str) -> BegunRollout:
+        """Responses of the weights of `version`, one greedy one each or `samples` as in training: begun, while the
+        caller does something else."""
 
 
 def read_held_out(config: Config, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> list[tuple[Problem, Prompt]]:
@@ -87,7 +89,7 @@ class HeldOut(NoHeldOut):
         """
         from megatron_rlsc.evaluation.graders import Graders  # of the `eval` extra, which other runs do without
 
-        self._due = config.train.evaluates_after
+        self._due, self._samples = config.train.evaluates_after, config.train.eval_samples
         self._asked, self._sampler, self._tokenizer, self._tracker = asked, sampler, tokenizer, tracker
         self._path = path
         self._done = {line["step"] for line in lines_up_to(path, start)}
@@ -105,24 +107,27 @@ class HeldOut(NoHeldOut):
 
     @contextmanager
     def _evaluated(self, progress: Progress, timer: Timer) -> Iterator[None]:
-        with self._sampler.answer([prompt for _, prompt in self._asked], progress.version) as begun:
+        with self._sampler.answer([prompt for _, prompt in self._asked], self._samples, progress.version) as begun:
             yield
             with timer.phase("evaluate"):
                 try:
-                    samples = {group[0].group: group[0] for group in begun.groups()}
+                    groups = {group[0].group: group for group in begun.groups()}
                 except NoReplicaLeftError:
                     self._tracker.say(f"no evaluation after step {progress.step}: its replicas were lost")
                     return
-                if len(samples) == len(self._asked):  # fewer where the run is to end at once
-                    self._log(progress.step, [samples[i] for i in range(len(self._asked))])
+                if len(groups) == len(self._asked):  # fewer where the run is to end at once
+                    self._log(progress.step, [sample for i in range(len(self._asked)) for sample in groups[i]])
 
     def _log(self, step: int, samples: Sequence[Sample]) -> None:
+        """`samples`: those of each problem together."""
         texts = [self._tokenizer.decode(sample.response_token_ids, skip_special_tokens=True) for sample in samples]
         whole = [sample.finish_reason == "stop" for sample in samples]
         grades = self._graders.grade(
-            [(text, problem, end) for text, (problem, _), end in zip(texts, self._asked, whole)], last_line=True
+            [(text, self._asked[s.group][0], end) for text, s, end in zip(texts, samples, whole)], last_line=True
         )
-        estimate = accuracy([float(grade.verdict == "right") for grade in grades], 1)
+        right, k = [grade.verdict == "right" for grade in grades], self._samples
+        counts = [sum(right[i : i + k]) for i in range(0, len(right), k)]
+        estimate = accuracy([count / k for count in counts], k)
         figures = {
             "held_out/accuracy": estimate.value,
             "held_out/accuracy_low": estimate.low,
@@ -130,13 +135,16 @@ class HeldOut(NoHeldOut):
             "held_out/response_length": sum(len(s.response_token_ids) for s in samples) / len(samples),
             "held_out/truncated_share": 1 - sum(whole) / len(samples),
             "held_out/no_verdict_share": sum(g.verdict not in ("right", "wrong") for g in grades) / len(grades),
+        } | {
+            f"held_out/pass_at_{n}": 100 * fmean(pass_at(n, samples=k, right=count) for count in counts)
+            for n in ladder(k)[1:]
         }
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step} | figures) + "\n")
         self._tracker.log_figures(step, figures)
         self._tracker.say(
             f"held out, after step {step}: {estimate.value:.1f} % [{estimate.low:.1f}, {estimate.high:.1f}] of "
-            f"{len(samples)} problems, length {figures['held_out/response_length']:.1f}"
+            f"{len(counts)} problems, length {figures['held_out/response_length']:.1f}"
         )
 
 

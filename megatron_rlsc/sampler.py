@@ -216,9 +216,11 @@ class VllmSampler:
         whole = len(groups) == len(prompts)
         return [sample for number in range(len(prompts)) for sample in groups[number]] if whole else []
 
-    def answer(self, prompts: Sequence[Prompt], version: str) -> BegunRollout:
-        """Greedy responses to prompts of no step, one each: begun, while the caller goes on with something else."""
-        return self._open_client(1, 0.0).begin(prompts, step=0, version=version)
+    def answer(self, prompts: Sequence[Prompt], samples: int, version: str) -> BegunRollout:
+        """Responses to prompts of no step, one greedy one each or `samples` as in training: begun, while the caller
+        goes on with something else."""
+        temperature = 0.0 if samples == 1 else self._config.temperature
+        return self._open_client(samples, temperature).begin(prompts, step=0, version=version)
 
     def __exit__(self, *error: object) -> None:
         self._sync.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ class Played:
         self.fails: Exception | None = None
         self.abandoned = False
 
-    def answer(self, prompts: list[Prompt], version: str) -> Played:
+    def answer(self, prompts: list[Prompt], samples: int, version: str) -> Played:
         self.log.append(f"asked {len(prompts)} of {version}")
-        self._prompts = prompts
+        self._prompts, self._samples = prompts, samples
         return self
 
     def __enter__(self) -> Played:
@@ -46,11 +47,12 @@ class Played:
         for i, prompt in enumerate(self._prompts):
             if self.abandoned and i:
                 return
-            text = f"\\boxed{{{sum(map(int, prompt.text[:-1].split('+')))}}}"
+            total = sum(map(int, prompt.text[:-1].split("+")))
+            texts = [f"\\boxed{{{total + j}}}" for j in range(self._samples)]
             yield [
                 Sample(
                     group=i,
-                    sample=0,
+                    sample=j,
                     prompt_index=i,
                     prompt_token_ids=prompt.token_ids,
                     response_token_ids=(*TOKENIZER.encode(text), 256),
@@ -59,6 +61,7 @@ class Played:
                     seed=0,
                     version="v",
                 )
+                for j, text in enumerate(texts)
             ]
 
 
@@ -105,6 +108,17 @@ def test_it_is_asked_before_a_step_and_waited_for_after_it(config: Config, base_
     assert list(timer.seconds) == ["evaluate"]
     assert [row["step"] for row in rows(config)] == [0, 2, 4, 5]
     assert {row["held_out/accuracy"] for row in rows(config)} == {50.0}
+
+
+def test_several_samples_a_problem(config: Config, base_model: Path) -> None:
+    """Answers 0, 1, 2 and 3 above the sum: the first is right of one problem, and the second of the other, whose answer
+    is 5. pass@2 is 1 - (3 * 2) / (4 * 3)."""
+    sampler = Played()
+    held_out, tracker = watched(replace(config, train=replace(config.train, eval_samples=4)), base_model, sampler)
+    with held_out, tracker:
+        walk(held_out, sampler, range(1))
+    (row,) = rows(config)
+    assert [row[f"held_out/{name}"] for name in ("accuracy", "pass_at_2", "pass_at_4")] == [25, 50, 100]
 
 
 def test_what_a_resumed_run_has_is_not_asked_again(config: Config, base_model: Path) -> None:
