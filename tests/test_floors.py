@@ -34,6 +34,7 @@ FLOORS = {
     "memory": 1,
     "objective": 1,
     "planning": 1,
+    "rewards": 1,
     "reporting": 1,
     "run_dir": 1,
     "tokenizer": 1,
@@ -41,6 +42,7 @@ FLOORS = {
     "policy": 2,
     "rollout": 2,
     "held_out": 3,
+    "learning": 3,
     "preflight": 3,
     "responder": 3,
     "sampler": 3,
@@ -67,9 +69,14 @@ NEIGHBOURS = {
     ("reporting", "tokenizer"),  # a journal has token ids alone
     ("preflight", "sampler"),  # what the trainer's first rank checks, by the function that it does it with
     ("responder", "servers"),
+    ("rewards", "data"),  # the lines of labels are those of questions
+    ("rewards", "evaluation"),  # an answer is right here as it is there
+    ("rewards", "objective"),  # which method takes which reward
+    ("rewards", "tokenizer"),
     ("sampler", "held_out"),  # the sidecar must take its prompts as well
     ("sampler", "servers"),
     ("train", "held_out"),
+    ("train", "learning"),
     ("train", "sampler"),
     ("__main__", "train"),
 }
@@ -140,7 +147,8 @@ def test_the_ground_floor_stands_on_the_standard_library(name):
 
 def test_the_objective_knows_tensors_and_nothing_else():
     roots = {name.split(".")[0] for name in imports(PACKAGE / "objective.py")}
-    assert roots - sys.stdlib_module_names == {"torch"}
+    assert roots - sys.stdlib_module_names == {"torch", "megatron_rlsc"}
+    assert own_parts(PACKAGE / "objective.py") == {"config"}
     assert not any(name.startswith("torch.distributed") for name in imports(PACKAGE / "objective.py"))
 
 
