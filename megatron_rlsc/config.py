@@ -354,6 +354,9 @@ class TrainConfig:
     eval_samples: int = 1
     """Responses to each of them: more than one are drawn as in training, for avg@k and pass@k, instead of the greedy
     one."""
+    show_prompts: int = 3
+    """The first so many questions of data_path are answered greedily by every step's weights, while the next step
+    trains, for people to read: TensorBoard's texts, and shown.jsonl. 0 shows none."""
     grace_seconds: float = 120.0
     """From SIGTERM until a rank ends, whether or not the last update has been saved by then."""
     resume: bool = False
@@ -368,7 +371,7 @@ class TrainConfig:
         _require(self.train_iters > 0, f"train_iters must be at least 1, not {self.train_iters}")
         _require(self.updates_per_rollout > 0, "updates_per_rollout must be at least 1")
         _require(self.max_tokens_per_micro_batch > 0, "max_tokens_per_micro_batch must be at least 1")
-        for name in ("save_interval", "keep_last", "export_interval", "eval_interval"):
+        for name in ("save_interval", "keep_last", "export_interval", "eval_interval", "show_prompts"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, it is {getattr(self, name)}")
         _require(self.keep_last > 0 or not self.keep_best, "keep_best is kept beside keep_last checkpoints: give both")
         _require(

@@ -1,4 +1,4 @@
-"""What a person watches: TensorBoard, metrics.jsonl, a progress bar, one line a step, and the phases' seconds."""
+"""What a person watches: metrics.jsonl, TensorBoard, a progress bar, one line a step, and the phases' seconds."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_rlsc.board import Board
 from megatron_rlsc.disk import write_whole
-from megatron_rlsc.types import Health, StepStats
+from megatron_rlsc.types import Health, ResponseScores, Sample, StepStats
 
 
 class Timer:
@@ -42,20 +42,30 @@ class Timer:
 class Tracker:
     """Rank 0's view of a run; on other ranks, nothing."""
 
-    def __init__(self, metrics: Path, tensorboard: Path, *, start: int, total: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        metrics: Path,
+        tensorboard: Path,
+        *,
+        start: int,
+        total: int,
+        enabled: bool,
+        settings: Mapping[str, bool | float | str] | None = None,
+    ) -> None:
         """
         Args:
             metrics: a JSON line a step; lines past `start` are dropped.
             tensorboard: folder of event files; points past `start` are hidden.
             start: the last step that is done.
             total: the last step to do.
+            settings: of the run, for TensorBoard (`recipe.flat_settings`).
         """
         self.enabled = enabled
         if not enabled:
             return
         lines_up_to(metrics, start)
         self._metrics = metrics.open("a")
-        self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
+        self._board = Board(tensorboard, start=start, settings=settings or {})
         self._total = total
         self._bar = tqdm(total=total, initial=start, desc="RLSC", unit="step", disable=not sys.stderr.isatty())
 
@@ -68,16 +78,17 @@ class Tracker:
             self._board.close()
             self._metrics.close()
 
-    def log(self, stats: StepStats) -> None:
+    def log(self, stats: StepStats, samples: Sequence[Sample], scores: ResponseScores) -> None:
         """Writes a step down everywhere, flushed: a killed run keeps what it had."""
         if not self.enabled:
             return
         figures = flatten(stats)
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()
-        for tag, value in figures.items():
-            if tag != "step":
-                self._board.add_scalar(tag, value, stats.step)
+        self._board.add_figures(stats.step, {tag: value for tag, value in figures.items() if tag != "step"})
+        self._board.add_distributions(stats.step, samples, scores)
+        if stats.step == self._total:
+            self._board.end()
         self._board.flush()
         self.say(step_line(stats, self._total))
         self._bar.update()
@@ -85,8 +96,13 @@ class Tracker:
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """More of a step for TensorBoard, flushed."""
         if self.enabled:
-            for tag, value in figures.items():
-                self._board.add_scalar(tag, value, step)
+            self._board.add_figures(step, figures)
+            self._board.flush()
+
+    def log_text(self, step: int, tag: str, parts: Mapping[str, str]) -> None:
+        """{heading: text} of a step for TensorBoard, flushed."""
+        if self.enabled:
+            self._board.add_text(step, tag, parts)
             self._board.flush()
 
     def say(self, text: str) -> None:

@@ -24,7 +24,7 @@ from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
-from megatron_rlsc.recipe import dump_recipe
+from megatron_rlsc.recipe import dump_recipe, flat_settings
 from megatron_rlsc.rewards import NoJudge, open_judge
 from megatron_rlsc.run_dir import (
     ALL,
@@ -38,6 +38,7 @@ from megatron_rlsc.run_dir import (
     write_status,
 )
 from megatron_rlsc.sampler import Follower, Sampler, build_sampler
+from megatron_rlsc.shown import NothingShown, open_shown
 from megatron_rlsc.tracking import Timer, Tracker, require_figure
 from megatron_rlsc.types import MicroBatch, Progress, Sample, StepStats
 
@@ -50,6 +51,7 @@ def train(
     saver: Saver,
     judge: NoJudge,
     held_out: NoHeldOut,
+    shown: NothingShown,
     stop: Interruption,
     *,
     progress: Progress,
@@ -78,7 +80,7 @@ def train(
             if samples and parallel.rank == 0:
                 journal.write(step, samples)
 
-        with held_out.meanwhile(progress, timer), timer.phase("train"):
+        with shown.meanwhile(progress, timer), held_out.meanwhile(progress, timer), timer.phase("train"):
             learned = samples and learn(config, policy, samples, to_batch(samples), judge, stop, step)
         if not learned:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
@@ -99,7 +101,7 @@ def train(
             tokens_per_second=int(learned.scores.lengths.sum()) / sum(seconds.values()),
             seconds=seconds,
         )
-        tracker.log(stats)
+        tracker.log(stats, samples, learned.scores)
         if stats.health.weightless:
             tracker.say(WEIGHTLESS)
         saver.look()
@@ -112,7 +114,7 @@ def train(
     if progress.step > saver.saved:
         saver.save(progress)
     if progress.step == config.train.train_iters:
-        with held_out.meanwhile(progress, timer):
+        with shown.meanwhile(progress, timer), held_out.meanwhile(progress, timer):
             pass
     saver.wait()
     return progress
@@ -165,10 +167,14 @@ def run(config: Config, stop: Interruption) -> bool:
         sampler.connect()
         stop.begin()
         files, total = (output / METRICS, output / TENSORBOARD), config.train.train_iters
-        with Tracker(*files, start=progress.step, total=total, enabled=parallel.rank == 0) as tracker:
+        first, settings = parallel.rank == 0, flat_settings(config)
+        with Tracker(*files, start=progress.step, total=total, enabled=first, settings=settings) as tracker:
             tracker.say(describe(config, parallel, progress.step))
+            shown = open_shown(config, model_dir, sampler, tracker, start=progress.step)
             with open_held_out(config, model_dir, sampler, tracker, start=progress.step) as held_out, judge:
-                progress = train(config, policy, sampler, tracker, saver, judge, held_out, stop, progress=progress)
+                progress = train(
+                    config, policy, sampler, tracker, saver, judge, held_out, shown, stop, progress=progress
+                )
             done = progress.step == total
             if done:
                 export(policy, output / EXPORT, model_dir)

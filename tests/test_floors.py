@@ -24,6 +24,7 @@ FLOORS = {
     "run_files": 0,
     "types": 0,
     "batching": 1,
+    "board": 1,
     "checkpoints": 1,
     "conversion": 1,
     "data": 1,
@@ -47,6 +48,7 @@ FLOORS = {
     "responder": 3,
     "sampler": 3,
     "servers": 3,
+    "shown": 3,
     "train": 3,
     "__main__": 3,
 }
@@ -77,7 +79,10 @@ NEIGHBOURS = {
     ("sampler", "servers"),
     ("train", "held_out"),
     ("train", "learning"),
+    ("shown", "held_out"),  # the sampler is asked as it is there
+    ("tracking", "board"),
     ("train", "sampler"),
+    ("train", "shown"),
     ("__main__", "train"),
 }
 """Of one floor, and yet."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import httpx
@@ -142,17 +144,20 @@ class BegunRollout:
             if isinstance(event, ReplicaLost):
                 self._fleet.lose(event.replica, event.reason)
 
-    def groups(self) -> Iterator[list[Sample]]:
+    def groups(self, *, seconds: float = math.inf) -> Iterator[list[Sample]]:
         """The samples of one prompt after the other, each as soon as its last sibling has ended; group is the prompt's
-        position. Ends early where the caller has lost interest. Main thread.
+        position. Ends early where the caller has lost interest, and after so many seconds. Main thread.
 
         The first failure cancels the rest. Raises NoReplicaLeftError where no replica holds the version any more and
         some may be had again, FleetError where none may; RolloutError, StaleSampleError, MalformedAnswerError.
         """
+        end = time.monotonic() + seconds
         while not self._abandoned():
             try:
-                event = self._events.get(timeout=_REVIVE_SECONDS)
+                event = self._events.get(timeout=min(max(end - time.monotonic(), 0.0), _REVIVE_SECONDS))
             except queue.Empty:
+                if time.monotonic() >= end:
+                    return
                 self._fleet.revive()
                 continue
             match event:

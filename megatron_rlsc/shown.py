@@ -1,0 +1,116 @@
+"""The same few prompts, answered by every step's weights, for people to read: asked while the next step trains.
+
+Nobody waits for a long answer: what has not ended when the step has trained is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+
+from megatron_rlsc.config import Config
+from megatron_rlsc.data import read_questions, render
+from megatron_rlsc.held_out import Answers
+from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
+from megatron_rlsc.run_files import SHOWN
+from megatron_rlsc.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlsc.tracking import Timer, Tracker, lines_up_to
+from megatron_rlsc.types import Progress, Prompt, Sample
+
+WAIT_SHARE = 0.02
+"""Of the seconds that a step trains: so long, and no longer, are late answers waited for."""
+LAST_SECONDS = 60.0
+"""After the last step, when nothing else is to be done."""
+
+
+class NothingShown:
+    """Of a run without --show-prompts or without a sampler, and of ranks other than 0."""
+
+    def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Shown(NothingShown):
+    """Rank 0's."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampler: Answers,
+        tokenizer: Tokenizer,
+        tracker: Tracker,
+        path: Path,
+        *,
+        start: int,
+        total: int,
+    ) -> None:
+        """
+        Args:
+            path: of the JSON lines, one a step; those of steps past `start` are dropped.
+            start: the last step that is done.
+            total: the last step to do.
+        """
+        self._prompts, self._sampler, self._tokenizer, self._tracker = prompts, sampler, tokenizer, tracker
+        self._path, self._total = path, total
+        self._done = {line["step"] for line in lines_up_to(path, start)}
+
+    def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
+        """Has the sampler answer for the length of the block. The weights that it has must be those of `progress`, and
+        none may be pushed inside."""
+        if progress.step in self._done:
+            return nullcontext()
+        return self._answered(progress, timer)
+
+    @contextmanager
+    def _answered(self, progress: Progress, timer: Timer) -> Iterator[None]:
+        try:
+            asked = self._sampler.answer(self._prompts, progress.version)
+        except NoReplicaLeftError:  # they were lost with the last of the step's samples
+            yield
+            return
+        with asked as begun:
+            start = time.perf_counter()
+            yield
+            last = progress.step == self._total
+            patience = LAST_SECONDS if last else WAIT_SHARE * (time.perf_counter() - start)
+            samples: dict[int, Sample] = {}
+            try:
+                samples |= {group[0].group: group[0] for group in begun.groups(seconds=0)}
+                if len(samples) < len(self._prompts):
+                    with timer.phase("show"):
+                        samples |= {group[0].group: group[0] for group in begun.groups(seconds=patience)}
+            except NoReplicaLeftError:
+                self._tracker.say(
+                    f"not all shown prompts have an answer after step {progress.step}: replicas were lost"
+                )
+        self._log(progress.step, samples)
+
+    def _log(self, step: int, samples: dict[int, Sample]) -> None:
+        answers = []
+        for place, sample in sorted(samples.items()):
+            prompt = self._prompts[place].text
+            response = self._tokenizer.decode(sample.response_token_ids, skip_special_tokens=True)
+            tokens, end = len(sample.response_token_ids), sample.finish_reason
+            answers.append({"prompt": prompt, "response": response, "finish_reason": end, "tokens": tokens})
+            said = f"answer, {tokens} tokens" + (", cut" if end == "length" else "")
+            self._tracker.log_text(step, f"shown/{place + 1}", {"prompt": prompt, said: response})
+        if answers:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, "answers": answers}) + "\n")
+
+
+def open_shown(config: Config, model_dir: Path, sampler: object, tracker: Tracker, *, start: int) -> NothingShown:
+    """What the loop shows on this rank: the first questions of the prompt file; `start` is the last step done."""
+    if not config.train.show_prompts or not isinstance(sampler, Answers):
+        return NothingShown()
+    tokenizer = load_tokenizer(model_dir)
+    prompts = []
+    for index, question in islice(read_questions(config.data.data_path).items(), config.train.show_prompts):
+        text = render(question, config.data, tokenizer)
+        prompts.append(Prompt(index=index, text=text, token_ids=tuple(tokenizer.encode(text))))
+    path, total = config.train.output_dir / SHOWN, config.train.train_iters
+    return Shown(prompts, sampler, tokenizer, tracker, path, start=start, total=total)
