@@ -30,9 +30,9 @@ from megatron_rlsc.types import Progress, Prompt, Sample
 class Answers(Protocol):
     """A sampler that can be asked beside the steps."""
 
-    def answer(self, prompts: Sequence[Prompt], samples: int, version: str) -> BegunRollout:
+    def answer(self, prompts: Sequence[Prompt], version: str, *, samples: int = 1, step: int = 0) -> BegunRollout:
         """Responses of the weights of `version`, one greedy one each or `samples` as in training: begun, while the
-        caller does something else."""
+        caller does something else. What is under way at one time is of different `step`s; training's are from 1 on."""
 
 
 def read_held_out(config: Config, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> list[tuple[Problem, Prompt]]:
@@ -107,7 +107,8 @@ class HeldOut(NoHeldOut):
 
     @contextmanager
     def _evaluated(self, progress: Progress, timer: Timer) -> Iterator[None]:
-        with self._sampler.answer([prompt for _, prompt in self._asked], self._samples, progress.version) as begun:
+        prompts = [prompt for _, prompt in self._asked]
+        with self._sampler.answer(prompts, progress.version, samples=self._samples) as begun:
             yield
             with timer.phase("evaluate"):
                 try:

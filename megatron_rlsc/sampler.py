@@ -216,11 +216,12 @@ class VllmSampler:
         whole = len(groups) == len(prompts)
         return [sample for number in range(len(prompts)) for sample in groups[number]] if whole else []
 
-    def answer(self, prompts: Sequence[Prompt], samples: int, version: str) -> BegunRollout:
+    def answer(self, prompts: Sequence[Prompt], version: str, *, samples: int = 1, step: int = 0) -> BegunRollout:
         """Responses to prompts of no step, one greedy one each or `samples` as in training: begun, while the caller
-        goes on with something else."""
+        goes on with something else. `step` is in the requests' names: what is under way at one time needs different
+        ones."""
         temperature = 0.0 if samples == 1 else self._config.temperature
-        return self._open_client(samples, temperature).begin(prompts, step=0, version=version)
+        return self._open_client(samples, temperature).begin(prompts, step=step, version=version)
 
     def __exit__(self, *error: object) -> None:
         self._sync.close()

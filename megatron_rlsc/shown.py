@@ -18,11 +18,13 @@ from megatron_rlsc.held_out import Answers
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.run_files import SHOWN
 from megatron_rlsc.tokenizer import Tokenizer, load_tokenizer
-from megatron_rlsc.tracking import Timer, Tracker, lines_up_to
+from megatron_rlsc.tracking import Tracker, lines_up_to
 from megatron_rlsc.types import Progress, Prompt, Sample
 
 WAIT_SHARE = 0.02
 """Of the seconds that a step trains: so long, and no longer, are late answers waited for."""
+REQUESTS = -1
+"""The `step` of their requests: 0 is that of held-out problems, which may be under way at the same time."""
 LAST_SECONDS = 60.0
 """After the last step, when nothing else is to be done."""
 
@@ -30,7 +32,7 @@ LAST_SECONDS = 60.0
 class NothingShown:
     """Of a run without --show-prompts or without a sampler, and of ranks other than 0."""
 
-    def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
+    def meanwhile(self, progress: Progress) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -58,17 +60,17 @@ class Shown(NothingShown):
         self._path, self._total = path, total
         self._done = {line["step"] for line in lines_up_to(path, start)}
 
-    def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
+    def meanwhile(self, progress: Progress) -> AbstractContextManager[None]:
         """Has the sampler answer for the length of the block. The weights that it has must be those of `progress`, and
         none may be pushed inside."""
         if progress.step in self._done:
             return nullcontext()
-        return self._answered(progress, timer)
+        return self._answered(progress)
 
     @contextmanager
-    def _answered(self, progress: Progress, timer: Timer) -> Iterator[None]:
+    def _answered(self, progress: Progress) -> Iterator[None]:
         try:
-            asked = self._sampler.answer(self._prompts, progress.version)
+            asked = self._sampler.answer(self._prompts, progress.version, step=REQUESTS)
         except NoReplicaLeftError:  # they were lost with the last of the step's samples
             yield
             return
@@ -81,8 +83,7 @@ class Shown(NothingShown):
             try:
                 samples |= {group[0].group: group[0] for group in begun.groups(seconds=0)}
                 if len(samples) < len(self._prompts):
-                    with timer.phase("show"):
-                        samples |= {group[0].group: group[0] for group in begun.groups(seconds=patience)}
+                    samples |= {group[0].group: group[0] for group in begun.groups(seconds=patience)}
             except NoReplicaLeftError:
                 self._tracker.say(
                     f"not all shown prompts have an answer after step {progress.step}: replicas were lost"

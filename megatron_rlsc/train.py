@@ -80,7 +80,7 @@ def train(
             if samples and parallel.rank == 0:
                 journal.write(step, samples)
 
-        with shown.meanwhile(progress, timer), held_out.meanwhile(progress, timer), timer.phase("train"):
+        with held_out.meanwhile(progress, timer), timer.phase("train"), shown.meanwhile(progress):
             learned = samples and learn(config, policy, samples, to_batch(samples), judge, stop, step)
         if not learned:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
@@ -114,7 +114,7 @@ def train(
     if progress.step > saver.saved:
         saver.save(progress)
     if progress.step == config.train.train_iters:
-        with shown.meanwhile(progress, timer), held_out.meanwhile(progress, timer):
+        with held_out.meanwhile(progress, timer), shown.meanwhile(progress):
             pass
     saver.wait()
     return progress

@@ -29,7 +29,7 @@ class Played:
         self.fails: Exception | None = None
         self.abandoned = False
 
-    def answer(self, prompts: list[Prompt], samples: int, version: str) -> Played:
+    def answer(self, prompts: list[Prompt], version: str, *, samples: int) -> Played:
         self.log.append(f"asked {len(prompts)} of {version}")
         self._prompts, self._samples = prompts, samples
         return self

@@ -129,6 +129,42 @@ def test_held_out_problems_are_asked_of_each_steps_weights(run: Run, base_model:
         assert row["held_out/response_length"] == pytest.approx(sum(lengths) / len(lengths))
 
 
+def test_prompts_that_are_shown(run: Run, base_model: Path) -> None:
+    """What the export answers greedily stands as the last step's text; an answer of a step before may have been late."""
+    rows = [json.loads(line) for line in (run.folder / "shown.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} <= {0, 1, 2, 3} and rows[-1]["step"] == STEPS
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder / "hf").eval(), load_tokenizer(base_model)
+    options = {"do_sample": False, "eos_token_id": list(stop_token_ids(tokenizer, base_model)), "pad_token_id": 0}
+    answers = rows[-1]["answers"]
+    assert [answer["prompt"] for answer in answers] == [f"{a}+{1000 - a}=" for a in (101, 102, 103)]
+    for i, answer in enumerate(answers, start=1):
+        prompt = torch.tensor([tokenizer.encode(answer["prompt"])])
+        (tokens,) = model.generate(prompt, max_new_tokens=56, **options)[:, prompt.shape[1] :].tolist()
+        assert answer["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+        text = board.Tensors(f"shown/{i}/text_summary")[-1]
+        assert text.step == STEPS and f"    {answer['response']}" in text.tensor_proto.string_val[0].decode()
+
+
+def test_distributions_and_settings_are_on_the_board(run: Run) -> None:
+    """Of 16 responses a step; log p of the trainer, and of each token that the sampler drew."""
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for tag in ("response_logprob", "token_logprob", "token_entropy"):
+        assert [event.step for event in board.Histograms(f"distribution/{tag}")] == [1, 2, 3]
+    for event, step in zip(board.Histograms("distribution/response_logprob"), (1, 2, 3)):
+        logprobs = [sum(sample.rollout_logprobs) for sample in Journal(run.folder / "rollouts").read(step)]
+        assert (event.histogram_value.num, event.histogram_value.sum) == (16, pytest.approx(sum(logprobs), abs=1e-2))
+    assert {"custom_scalars__config__"} <= set(board.Tags()["tensors"])
+    assert board.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+
+
+def test_a_report_of_a_real_run(run: Run, tmp_path: Path) -> None:
+    tool, page = ROOT / "tools" / "report.py", tmp_path / "page.html"
+    subprocess.run([sys.executable, tool, run.folder, "--output", page], check=True, timeout=300)
+    text = page.read_text()
+    assert "fixed prompts" in text and "held_out/accuracy" in text and "101+899=" in text
+
+
 def test_nothing_is_looked_for_in_a_home(run: Run) -> None:
     """vLLM would say so in its log, on CPUs, and end on GPUs, where it keeps compiled kernels there."""
     assert "/proc/nonexistent" not in (run.folder / "sidecars" / "0.log").read_text()

@@ -364,3 +364,24 @@ def test_a_prompt_that_is_not_answered_in_time_loses_the_replica() -> None:
     servers, fleet = Servers(answer, after(0.01)), build_fleet(2)
     assert len(build_client(servers, fleet).generate(MANY, step=0, version=VERSION)) == 24
     assert "not answered a prompt in time (--rollout-timeout)" in fleet.replicas[0].reason
+
+
+def test_answers_are_taken_as_they_are_and_the_rest_later() -> None:
+    """Of two prompts one is answered at once and the other when it is let go: who does not wait has the first."""
+    let_go = threading.Event()
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/metrics" and json.loads(request.content)["token_ids"] == [1]:
+            while not let_go.is_set():
+                await asyncio.sleep(0.01)
+        return httpx.Response(200, json=GOOD)
+
+    with build_client(handler).begin(PROMPTS, step=-1, version=VERSION) as begun:
+        found: list[int] = []
+        while not found:
+            found += [group[0].group for group in begun.groups(seconds=0)]
+        assert found == [0]
+        start = time.monotonic()
+        assert list(begun.groups(seconds=0.3)) == [] and 0.3 <= time.monotonic() - start < 5
+        let_go.set()
+        assert [group[0].group for group in begun.groups()] == [1]
