@@ -55,3 +55,4 @@ evaluate "$base" base
 evaluate "$output/hf" rlsc
 "$trainer" tools/summarize_run.py --base "$output/evaluation/base" --rlsc "$output/evaluation/rlsc" \
     --metrics "$output/metrics.jsonl" --output "$output/summary.json"
+"$trainer" tools/report.py "$output" || true # says what it lacks: an environment of one's own may have no plots

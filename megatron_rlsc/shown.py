@@ -81,9 +81,8 @@ class Shown(NothingShown):
             patience = LAST_SECONDS if last else WAIT_SHARE * (time.perf_counter() - start)
             samples: dict[int, Sample] = {}
             try:
-                samples |= {group[0].group: group[0] for group in begun.groups(seconds=0)}
-                if len(samples) < len(self._prompts):
-                    samples |= {group[0].group: group[0] for group in begun.groups(seconds=patience)}
+                for (sample,) in begun.groups(seconds=patience):
+                    samples[sample.group] = sample
             except NoReplicaLeftError:
                 self._tracker.say(
                     f"not all shown prompts have an answer after step {progress.step}: replicas were lost"

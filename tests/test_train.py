@@ -130,7 +130,7 @@ def test_held_out_problems_are_asked_of_each_steps_weights(run: Run, base_model:
 
 
 def test_prompts_that_are_shown(run: Run, base_model: Path) -> None:
-    """What the export answers greedily stands as the last step's text; an answer of a step before may have been late."""
+    """What the export answers greedily stands as the last step's text; one of a step before may have been late."""
     rows = [json.loads(line) for line in (run.folder / "shown.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} <= {0, 1, 2, 3} and rows[-1]["step"] == STEPS
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder / "hf").eval(), load_tokenizer(base_model)
