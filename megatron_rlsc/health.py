@@ -14,6 +14,10 @@ from megatron_rlsc.types import Health, ResponseScores, Sample
 
 NEGLIGIBLE = 0.01
 """p_old counts as negligible beside alpha below this share of it."""
+RUN_TOKENS = 8
+"""Of the runs of tokens whose repetition is counted: long enough to be rare in prose and in a derivation."""
+ANSWER_TOKENS = 16
+"""Of a response's end, the stop token included, that stand for its answer: no text is read, no tokenizer needed."""
 
 
 def measure_health(
@@ -44,6 +48,9 @@ def measure_health(
         token_entropy=float(scores.entropy.sum()) / tokens,
         response_length=tokens / len(samples),
         truncated_share=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        repeated_share=repeated_share(samples),
+        distinct_share=distinct_share(samples),
+        distinct_answers=distinct_answers(samples),
         logprob_difference=float(scores.rollout_difference.max()),
         reward=None if rewards is None else float(rewards.mean()),
     )
@@ -67,6 +74,40 @@ def identical_share(samples: Sequence[Sample]) -> float:
     for size in groups.values():
         pairs += size * (size - 1)
     return equal / pairs if pairs else 0.0
+
+
+def repeated_share(samples: Sequence[Sample]) -> float:
+    """The share of runs of RUN_TOKENS tokens that the same response has had before, over all responses' runs.
+
+    A response of one token, n times, has n - 7 runs, of which all but one repeat.
+    """
+    repeated = runs = 0
+    for sample in samples:
+        tokens = sample.response_token_ids
+        found = [tokens[i : i + RUN_TOKENS] for i in range(len(tokens) - RUN_TOKENS + 1)]
+        repeated += len(found) - len(set(found))
+        runs += len(found)
+    return repeated / runs if runs else 0.0
+
+
+def distinct_share(samples: Sequence[Sample]) -> float:
+    """The mean over groups of different responses / siblings: 1 where all differ, 1 / siblings where all are equal."""
+    siblings = Counter(sample.group for sample in samples)
+    different = Counter(group for group, _ in {(sample.group, sample.response_token_ids) for sample in samples})
+    return sum(different[group] / siblings[group] for group in siblings) / len(siblings)
+
+
+def distinct_answers(samples: Sequence[Sample]) -> float:
+    """Different answers / groups. A group's answer is the end, ANSWER_TOKENS long, that most of its responses have.
+
+    Groups a a b, a a c and d d d have the answers a, a and d: 2 / 3.
+    """
+    ends: dict[int, Counter[tuple[int, ...]]] = {}
+    for sample in samples:
+        ends.setdefault(sample.group, Counter())[sample.response_token_ids[-ANSWER_TOKENS:]] += 1
+    # Of ends equally frequent the smallest, so that the order of the samples does not matter.
+    answers = {min(counts, key=lambda end: (-counts[end], end)) for counts in ends.values()}
+    return len(answers) / len(ends)
 
 
 class ProbeLimit:

@@ -157,6 +157,11 @@ def _tag(tag: str) -> Any:
     return field(metadata={"tag": tag})
 
 
+def _rare(tag: str) -> Any:
+    """A figure that not every step has: None in the others, which then write nothing under its name."""
+    return field(default=None, metadata={"tag": tag})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
     """What can be said of a step without a label. B responses; p is p_old(y|x), a whole response's probability."""
@@ -183,6 +188,13 @@ class Health:
     """Mean tokens."""
     truncated_share: float = _tag("rollout/truncated_share")
     """Share of responses cut at the limit."""
+    repeated_share: float = _tag("rollout/repeated_share")
+    """Share of the runs of 8 tokens in a response that it has had before: near 1 in a loop."""
+    distinct_share: float = _tag("rollout/distinct_share")
+    """Mean over groups of different responses / siblings: RLSC lowers it."""
+    distinct_answers: float = _tag("rollout/distinct_answers")
+    """Different answers / prompts, a prompt's answer being how most of its responses end (16 tokens): what RLSC leaves
+    alone, and what falls when the policy says one thing whatever it is asked."""
     logprob_difference: float = _tag("rollout/logprob_difference")
     """Largest |log p of the sampler - log p of the trainer| of a token."""
     reward: float | None = _tag("reward/mean")
@@ -207,5 +219,9 @@ class StepStats:
     """After the last of them: the largest |log p| difference of a token of a fixed prompt, of any replica; T=1."""
     tokens_per_second: float = _tag("speed/tokens_per_second")
     """Response tokens over the whole step's seconds."""
+    kl_response: float | None = _rare("kl/response")
+    """E_{y~p_old}[log p_old(y) - log p_base(y)] of a whole response, nats; None in a step that does not ask the base."""
+    kl_token: float | None = _rare("kl/token")
+    """The same of a token: over all responses' tokens."""
     seconds: Mapping[str, float]
     """Of each phase, under `time/`."""

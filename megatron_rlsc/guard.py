@@ -1,0 +1,176 @@
+"""Is the policy collapsing? The signs of it, each a figure of the step with a threshold; docs/collapse.md has the why.
+
+RLSC is meant to sharpen: siblings agree more and entropy falls, in the best of runs. So neither of that is a sign. A
+collapse is known by what sharpening leaves as it is, that questions have answers of their own, that responses end, say
+things once and keep their length; and by the opposite of sharpening. What is normal is the first step's: its responses
+come from the base policy, before any update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_rlsc.guard_config import GuardConfig
+
+Row = Mapping[str, float]
+"""A step's figures by their tags, as a line of metrics.jsonl has them; `step` among them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sign:
+    """A figure and its threshold."""
+
+    name: str
+    tag: str
+    falls: bool
+    """Whether it is below the threshold that tells a collapse."""
+    limit: Callable[[GuardConfig, float, float], float]
+    """The threshold, from the settings, the figure in the first step, and the best that it has held."""
+
+
+SIGNS = (
+    Sign(
+        name="responses get short",
+        tag="rollout/response_length",
+        falls=True,
+        limit=lambda config, first, best: config.length_floor * first,
+    ),
+    Sign(
+        name="responses do not end",
+        tag="rollout/truncated_share",
+        falls=False,
+        limit=lambda config, first, best: first + config.truncation_growth,
+    ),
+    Sign(
+        name="responses repeat themselves",
+        tag="rollout/repeated_share",
+        falls=False,
+        limit=lambda config, first, best: first + config.repetition_growth,
+    ),
+    Sign(
+        name="all questions get the same answer",
+        tag="rollout/distinct_answers",
+        falls=True,
+        limit=lambda config, first, best: config.answers_floor * first,
+    ),
+    Sign(
+        name="nothing is left to sample",
+        tag="policy/token_entropy",
+        falls=True,
+        limit=lambda config, first, best: config.entropy_floor,
+    ),
+    Sign(
+        name="the policy dissolves",
+        tag="policy/token_entropy",
+        falls=False,
+        limit=lambda config, first, best: config.entropy_ceiling * first,
+    ),
+    Sign(
+        name="siblings agree less than they did",
+        tag="confidence/identical_share",
+        falls=True,
+        limit=lambda config, first, best: best - config.agreement_fall,
+    ),
+    Sign(
+        name="the policy has left the base",
+        tag="kl/token",
+        falls=False,
+        limit=lambda config, first, best: config.kl_ceiling,
+    ),
+)
+"""What tells a collapse."""
+
+AGREEMENT, SATURATED = "confidence/identical_share", 0.99
+"""From here on siblings are all but equal, and the gradient is all but gone: no collapse, and no reason to go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A sign that is beyond its threshold, in the last so many steps that have its figure."""
+
+    sign: Sign
+    value: float
+    """In the last of them."""
+    limit: float
+    since: int
+    """The first of them."""
+    steps: int
+
+    def __str__(self) -> str:
+        word = "below" if self.sign.falls else "above"
+        return f"{self.sign.name} ({self.sign.tag} {self.value:.3g}, {word} {self.limit:.3g} since step {self.since})"
+
+
+class Guard:
+    """What a run's steps show. One step that is beyond a threshold is suspicious, `guard_patience` of them a collapse."""
+
+    def __init__(self, config: GuardConfig, rows: Iterable[Row] = ()) -> None:
+        """
+        Args:
+            config: the thresholds.
+            rows: of the steps that are done; all that the guard knows of a run is in its metrics.jsonl.
+        """
+        self._config = config
+        self._rows = list(rows)
+
+    def look(self, row: Row) -> None:
+        """Takes note of a step."""
+        self._rows.append(row)
+
+    def forget_after(self, step: int) -> None:
+        """The run has gone back: later steps are no part of it."""
+        self._rows = [row for row in self._rows if row["step"] <= step]
+
+    def collapse(self) -> list[Finding]:
+        """The signs of a collapse after the last step; none where all is well."""
+        return [finding for finding in self._suspicions() if finding.steps >= self._config.guard_patience]
+
+    def news(self) -> list[Finding]:
+        """Those of them that the last step has made one."""
+        return [finding for finding in self.collapse() if finding.steps == self._config.guard_patience]
+
+    def sound_step(self) -> int:
+        """The last step after which the policy is known to be sound: its weights have been sampled from, and neither
+        then nor from there on was a sign beyond its threshold. 0 is the base."""
+        if not self._rows:
+            return 0
+        last = int(self._rows[-1]["step"])
+        well = min((finding.since - 1 for finding in self._suspicions()), default=last)
+        return max(0, well - 1)  # a step's responses come from the weights of the step before
+
+    def saturates(self) -> bool:
+        """Whether the last step makes it `guard_patience` steps in which siblings agree: nothing is left to learn."""
+        agreed = [row[AGREEMENT] >= SATURATED for row in self._rows if AGREEMENT in row]
+        patience = self._config.guard_patience
+        return agreed[-patience:] == [True] * patience and not any(agreed[-patience - 1 : -patience])
+
+    def _suspicions(self) -> list[Finding]:
+        found = (self._suspicion(sign) for sign in SIGNS)
+        return [finding for finding in found if finding is not None]
+
+    def _suspicion(self, sign: Sign) -> Finding | None:
+        """From the newest step back to the first that is within the threshold; a step without the figure says nothing,
+        and neither does a row of a run that was made before there was one."""
+        measured = [row for row in self._rows if sign.tag in row]
+        if not measured:
+            return None
+        values = [row[sign.tag] for row in measured]
+        limit = sign.limit(self._config, values[0], held(values, self._config.guard_patience, highest=sign.falls))
+        since, steps = 0, 0
+        for row in reversed(measured):
+            if not (row[sign.tag] < limit if sign.falls else row[sign.tag] > limit):
+                break
+            since, steps = int(row["step"]), steps + 1
+        if not steps:
+            return None
+        return Finding(sign=sign, value=values[-1], limit=limit, since=since, steps=steps)
+
+
+def held(values: Sequence[float], steps: int, *, highest: bool) -> float:
+    """The highest value that a figure has kept up, or exceeded, for so many steps in a row; else the lowest likewise.
+
+    Of 1, 5, 3, 4, for two steps: 3, since 5 was a step's luck. All of them together count where they are fewer.
+    """
+    windows = [values[i : i + steps] for i in range(max(1, len(values) - steps + 1))]
+    return max(map(min, windows)) if highest else min(map(max, windows))
