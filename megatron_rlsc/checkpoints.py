@@ -37,19 +37,22 @@ def candidates(folder: Path, *, warn: Callable[[str], None]) -> Iterator[Path]:
         yield step_dir(folder, step)
 
 
-def prune(folder: Path, *, keep_last: int, keep_best: str, metrics: Path) -> None:
-    """Deletes all checkpoints but the newest `keep_last` and the best one. A half-deleted one has another name.
+def prune(folder: Path, *, keep_last: int, keep_best: str, metrics: Path, sound: int | None = None) -> None:
+    """Deletes all checkpoints but the newest `keep_last`, the best and the sound one. A half-deleted one has another
+    name.
 
     Args:
         folder: of the checkpoints.
         keep_last: 0 deletes none.
         keep_best: a figure of `metrics`, highest first; with a minus before it, lowest first.
         metrics: JSON lines, one a step.
+        sound: the newest checkpoint that is not after this step stays; None keeps none for that.
     """
     if keep_last == 0:
         return
     steps = steps_on_disk(folder)
     kept = set(steps[-keep_last:]) | best_of(steps, keep_best, metrics)
+    kept |= set([step for step in steps if sound is not None and step <= sound][-1:])
     for step in steps:
         if step not in kept:
             path = step_dir(folder, step)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_rlsc.guard_config import GuardConfig
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -418,6 +420,8 @@ class Config:
     """What it learns."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How fast."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What a collapse is, and what is done about it."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, and where it is written."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_rlsc.guard_config import GuardConfig
 
@@ -25,8 +26,10 @@ class Sign:
     tag: str
     falls: bool
     """Whether it is below the threshold that tells a collapse."""
-    limit: Callable[[GuardConfig, float, float], float]
-    """The threshold, from the settings, the figure in the first step, and the best that it has held."""
+    normal: Literal["first", "best", "any"]
+    """What the threshold is held against: the figure of the first step, the best that it has kept up, or nothing."""
+    limit: Callable[[GuardConfig, float], float]
+    """The threshold, from the settings and what is normal."""
 
 
 SIGNS = (
@@ -34,60 +37,68 @@ SIGNS = (
         name="responses get short",
         tag="rollout/response_length",
         falls=True,
-        limit=lambda config, first, best: config.length_floor * first,
+        normal="first",
+        limit=lambda config, normal: config.length_floor * normal,
     ),
     Sign(
         name="responses do not end",
         tag="rollout/truncated_share",
         falls=False,
-        limit=lambda config, first, best: first + config.truncation_growth,
+        normal="first",
+        limit=lambda config, normal: normal + config.truncation_growth,
     ),
     Sign(
         name="responses repeat themselves",
         tag="rollout/repeated_share",
         falls=False,
-        limit=lambda config, first, best: first + config.repetition_growth,
+        normal="first",
+        limit=lambda config, normal: normal + config.repetition_growth,
     ),
     Sign(
-        name="all questions get the same answer",
+        name="different questions get the same answer",
         tag="rollout/distinct_answers",
         falls=True,
-        limit=lambda config, first, best: config.answers_floor * first,
-    ),
-    Sign(
-        name="nothing is left to sample",
-        tag="policy/token_entropy",
-        falls=True,
-        limit=lambda config, first, best: config.entropy_floor,
-    ),
-    Sign(
-        name="the policy dissolves",
-        tag="policy/token_entropy",
-        falls=False,
-        limit=lambda config, first, best: config.entropy_ceiling * first,
+        normal="first",
+        limit=lambda config, normal: config.answers_floor * normal,
     ),
     Sign(
         name="siblings agree less than they did",
         tag="confidence/identical_share",
         falls=True,
-        limit=lambda config, first, best: best - config.agreement_fall,
+        normal="best",
+        limit=lambda config, normal: normal - config.agreement_fall,
+    ),
+    Sign(
+        name="tokens get random",
+        tag="policy/token_entropy",
+        falls=False,
+        normal="first",
+        limit=lambda config, normal: config.entropy_ceiling * normal,
+    ),
+    Sign(
+        name="nothing is left to sample",
+        tag="policy/token_entropy",
+        falls=True,
+        normal="any",
+        limit=lambda config, normal: config.entropy_floor,
     ),
     Sign(
         name="the policy has left the base",
         tag="kl/token",
         falls=False,
-        limit=lambda config, first, best: config.kl_ceiling,
+        normal="any",
+        limit=lambda config, normal: config.kl_ceiling,
     ),
 )
 """What tells a collapse."""
 
 AGREEMENT, SATURATED = "confidence/identical_share", 0.99
-"""From here on siblings are all but equal, and the gradient is all but gone: no collapse, and no reason to go on."""
+"""From here on siblings are all but equal and the gradient is all but gone: no collapse, and no reason to go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """A sign that is beyond its threshold, in the last so many steps that have its figure."""
+    """A sign that is beyond its threshold in the last steps that have its figure."""
 
     sign: Sign
     value: float
@@ -96,6 +107,10 @@ class Finding:
     since: int
     """The first of them."""
     steps: int
+    """How many they are."""
+    well: int
+    """The last step before them that was no further than half-way from the first step to the threshold; of a figure
+    that is held against its best, the step that had it."""
 
     def __str__(self) -> str:
         word = "below" if self.sign.falls else "above"
@@ -103,7 +118,7 @@ class Finding:
 
 
 class Guard:
-    """What a run's steps show. One step that is beyond a threshold is suspicious, `guard_patience` of them a collapse."""
+    """What a run's steps show. One that is beyond a threshold is suspicious, `guard_patience` of them a collapse."""
 
     def __init__(self, config: GuardConfig, rows: Iterable[Row] = ()) -> None:
         """
@@ -131,12 +146,12 @@ class Guard:
         return [finding for finding in self.collapse() if finding.steps == self._config.guard_patience]
 
     def sound_step(self) -> int:
-        """The last step after which the policy is known to be sound: its weights have been sampled from, and neither
-        then nor from there on was a sign beyond its threshold. 0 is the base."""
+        """The last step after which the policy is known to be sound: its weights have been sampled from, and no sign
+        was then on its way to where it is now, beyond its threshold. 0 is the base."""
         if not self._rows:
             return 0
         last = int(self._rows[-1]["step"])
-        well = min((finding.since - 1 for finding in self._suspicions()), default=last)
+        well = min((finding.well for finding in self._suspicions()), default=last)
         return max(0, well - 1)  # a step's responses come from the weights of the step before
 
     def saturates(self) -> bool:
@@ -150,27 +165,43 @@ class Guard:
         return [finding for finding in found if finding is not None]
 
     def _suspicion(self, sign: Sign) -> Finding | None:
-        """From the newest step back to the first that is within the threshold; a step without the figure says nothing,
-        and neither does a row of a run that was made before there was one."""
-        measured = [row for row in self._rows if sign.tag in row]
-        if not measured:
+        """A step without the figure says nothing: the KL is not of every step, and a run may be older than a figure."""
+        steps = [int(row["step"]) for row in self._rows if sign.tag in row]
+        values = [row[sign.tag] for row in self._rows if sign.tag in row]
+        if not values:
             return None
-        values = [row[sign.tag] for row in measured]
-        limit = sign.limit(self._config, values[0], held(values, self._config.guard_patience, highest=sign.falls))
-        since, steps = 0, 0
-        for row in reversed(measured):
-            if not (row[sign.tag] < limit if sign.falls else row[sign.tag] > limit):
-                break
-            since, steps = int(row["step"]), steps + 1
-        if not steps:
+        kept = held(values, self._config.guard_patience, highest=sign.falls)
+        limit = sign.limit(self._config, kept if sign.normal == "best" else values[0])
+        best = max(values) if sign.falls else min(values)  # kept up or not: where the fall began
+        well = {"first": (values[0] + limit) / 2, "best": best, "any": limit}[sign.normal]
+        beyond = _last_run(values, limit, falls=sign.falls)
+        if not beyond:
             return None
-        return Finding(sign=sign, value=values[-1], limit=limit, since=since, steps=steps)
+        before = len(values) - _last_run(values, well, falls=sign.falls)
+        return Finding(
+            sign=sign,
+            value=values[-1],
+            limit=limit,
+            since=steps[-beyond],
+            steps=beyond,
+            well=steps[before - 1] if before else 0,
+        )
 
 
 def held(values: Sequence[float], steps: int, *, highest: bool) -> float:
     """The highest value that a figure has kept up, or exceeded, for so many steps in a row; else the lowest likewise.
 
-    Of 1, 5, 3, 4, for two steps: 3, since 5 was a step's luck. All of them together count where they are fewer.
+    Of 1, 5, 3, 4, for two steps: 3, since 5 was a step's luck. Fewer than so many count together.
     """
     windows = [values[i : i + steps] for i in range(max(1, len(values) - steps + 1))]
     return max(map(min, windows)) if highest else min(map(max, windows))
+
+
+def _last_run(values: Sequence[float], limit: float, *, falls: bool) -> int:
+    """How many of the last values in a row are beyond the limit."""
+    count = 0
+    for value in reversed(values):
+        if not (value < limit if falls else value > limit):
+            break
+        count += 1
+    return count

@@ -43,7 +43,14 @@ class GuardConfig:
         for name in ("guard_patience", "max_rollbacks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("length_floor", "truncation_growth", "repetition_growth", "answers_floor", "entropy_floor", "agreement_fall"):
+        for name in (
+            "length_floor",
+            "truncation_growth",
+            "repetition_growth",
+            "answers_floor",
+            "entropy_floor",
+            "agreement_fall",
+        ):
             if not 0 <= getattr(self, name):
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not self.entropy_ceiling > 1:

@@ -66,6 +66,9 @@ class NoHeldOut:
     def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def rewind(self, step: int) -> None:
+        pass
+
 
 class HeldOut(NoHeldOut):
     """Rank 0's; leaving it ends the processes that grade."""
@@ -92,11 +95,15 @@ class HeldOut(NoHeldOut):
         self._due, self._samples = config.train.evaluates_after, config.train.eval_samples
         self._asked, self._sampler, self._tokenizer, self._tracker = asked, sampler, tokenizer, tracker
         self._path = path
-        self._done = {line["step"] for line in lines_up_to(path, start)}
+        self.rewind(start)
         self._graders = Graders(2)
 
     def __exit__(self, *error: object) -> None:
         self._graders.__exit__(*error)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from a step: what was said of later ones is dropped."""
+        self._done = {line["step"] for line in lines_up_to(self._path, step)}
 
     def meanwhile(self, progress: Progress, timer: Timer) -> AbstractContextManager[None]:
         """Has the sampler answer for the length of the block, and waits for what is left then. The weights that it has

@@ -80,6 +80,15 @@ def learn(
     )
 
 
+def kl_to_base(policy: Policy, batch: list[MicroBatch], scores: ResponseScores, stop: Interruption) -> float | None:
+    """E_{y ~ p_old}[log p_old(y) - log p_base(y)] over the step's responses, nats a response; `scores` are p_old's.
+    None where the run is to end at once."""
+    base = policy.score_base(batch, len(scores.logprobs), abandoned=lambda: stop.at_once)
+    if urgency(stop, policy.parallel) is Urgency.AT_ONCE:
+        return None
+    return float((scores.logprobs - base.logprobs).mean())
+
+
 class Weights:
     """What each response of a step weighs: known of the whole batch before a pass, or as a pass comes to it."""
 

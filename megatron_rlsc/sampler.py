@@ -24,7 +24,7 @@ from megatron_rlsc.rollout.client import BegunRollout, RolloutClient
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.rollout.fleet import Fleet, FleetError
 from megatron_rlsc.rollout.link import SyncError
-from megatron_rlsc.rollout.request import RolloutError
+from megatron_rlsc.rollout.request import RolloutError, again_seed
 from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
 from megatron_rlsc.run_dir import ROLLOUTS, SIDECAR_LOGS
 from megatron_rlsc.servers import build_fleet, decoded_at_one_time, tensor_specs
@@ -57,6 +57,9 @@ class Sampler(Protocol):
         them. Those that are not in the journal yet are of `version`. Empty where no replica holds `version` any more:
         push again."""
 
+    def draw_anew(self, times: int) -> None:
+        """From here on other samples than before: the run has gone back so many times, and would walk into the same."""
+
     def __enter__(self) -> Sampler: ...
 
     def __exit__(self, *error: object) -> None: ...
@@ -76,6 +79,9 @@ class Follower:
 
     def sample(self, step: int, asked: int, version: str) -> list[Sample] | None:
         return None
+
+    def draw_anew(self, times: int) -> None:
+        pass
 
     def __enter__(self) -> Follower:
         return self
@@ -148,17 +154,21 @@ class VllmSampler:
             timeout=self._config.sync_timeout,
             push_dir=self._config.push_dir,
         )
-        self._client = self._open_client(self._config.samples_per_prompt, self._config.temperature)
+        self.draw_anew(0)
         return self
 
-    def _open_client(self, samples_per_prompt: int, temperature: float) -> RolloutClient:
+    def draw_anew(self, times: int) -> None:
+        seed = again_seed(self._prompts.seed, times)
+        self._client = self._open_client(self._config.samples_per_prompt, self._config.temperature, seed)
+
+    def _open_client(self, samples_per_prompt: int, temperature: float, seed: int) -> RolloutClient:
         return RolloutClient(
             self._fleet,
             samples_per_prompt=samples_per_prompt,
             temperature=temperature,
             max_response_length=self._config.max_response_length,
             stop_token_ids=self._stop_token_ids,
-            seed=self._prompts.seed,
+            seed=seed,
             max_num_seqs=decoded_at_one_time(self._config),
             timeout=self._config.rollout_timeout,
             stall_timeout=self._config.stall_timeout,
@@ -221,7 +231,7 @@ class VllmSampler:
         goes on with something else. `step` is in the requests' names: what is under way at one time needs different
         ones."""
         temperature = 0.0 if samples == 1 else self._config.temperature
-        return self._open_client(samples, temperature).begin(prompts, step=step, version=version)
+        return self._open_client(samples, temperature, self._prompts.seed).begin(prompts, step=step, version=version)
 
     def __exit__(self, *error: object) -> None:
         self._sync.close()

@@ -63,11 +63,25 @@ class Tracker:
         self.enabled = enabled
         if not enabled:
             return
-        lines_up_to(metrics, start)
-        self._metrics = metrics.open("a")
-        self._board = Board(tensorboard, start=start, settings=settings or {})
+        self._files, self._settings = (metrics, tensorboard), settings or {}
+        self._open(start)
         self._total = total
         self._bar = tqdm(total=total, initial=start, desc="RLSC", unit="step", disable=not sys.stderr.isatty())
+
+    def _open(self, start: int) -> None:
+        metrics, tensorboard = self._files
+        lines_up_to(metrics, start)
+        self._metrics = metrics.open("a")
+        self._board = Board(tensorboard, start=start, settings=self._settings)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: drops and hides the later ones, as a new tracker would."""
+        if self.enabled:
+            self._board.close()
+            self._metrics.close()
+            self._open(step)
+            self._bar.n = step
+            self._bar.refresh()
 
     def __enter__(self) -> Tracker:
         return self

@@ -13,19 +13,22 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint, step_dir
 from megatron_rlsc.conversion.hf import copy_config_files, write_hf
 from megatron_rlsc.conversion.shape import read_shape
+from megatron_rlsc.guard import Guard
 from megatron_rlsc.health import ProbeLimit, measure_health
 from megatron_rlsc.held_out import NoHeldOut, open_held_out
 from megatron_rlsc.interrupt import EXPORT as EXPORT_NOW
 from megatron_rlsc.interrupt import STOP, Interruption, Urgency
 from megatron_rlsc.journal import Journal, decode, encode
-from megatron_rlsc.learning import learn, urgency
+from megatron_rlsc.learning import kl_to_base, learn, urgency
 from megatron_rlsc.planning import check_layout
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
 from megatron_rlsc.recipe import dump_recipe, flat_settings
+from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge, open_judge
+from megatron_rlsc.rollbacks import rate_scale, read_rollbacks, settle
 from megatron_rlsc.run_dir import (
     ALL,
     CHECKPOINTS,
@@ -39,7 +42,7 @@ from megatron_rlsc.run_dir import (
 )
 from megatron_rlsc.sampler import Follower, Sampler, build_sampler
 from megatron_rlsc.shown import NothingShown, open_shown
-from megatron_rlsc.tracking import Timer, Tracker, require_figure
+from megatron_rlsc.tracking import Timer, Tracker, lines_up_to, require_figure
 from megatron_rlsc.types import MicroBatch, Progress, Sample, StepStats
 
 
@@ -52,6 +55,7 @@ def train(
     judge: NoJudge,
     held_out: NoHeldOut,
     shown: NothingShown,
+    recovery: Recovery,
     stop: Interruption,
     *,
     progress: Progress,
@@ -70,7 +74,12 @@ def train(
     sync = partial(synchronize, policy, sampler, ProbeLimit(limit), to_batch)
     progress, probed = sync(progress)  # a broken path to the sampler fails here
 
-    while progress.step < config.train.train_iters and not urgency(stop, parallel):
+    while not urgency(stop, parallel):
+        if back := recovery.go_back(progress):  # from a collapse, also one that a resumed run has had
+            progress, probed = sync(back)
+            continue
+        if progress.step == config.train.train_iters:
+            break
         step = progress.step + 1
         with timer.phase("rollout"):
             while not (samples := share(sampler.sample(step, progress.prompts, progress.version), parallel)):
@@ -81,27 +90,36 @@ def train(
                 journal.write(step, samples)
 
         with held_out.meanwhile(progress, timer), timer.phase("train"), shown.meanwhile(progress):
-            learned = samples and learn(config, policy, samples, to_batch(samples), judge, stop, step)
+            batch = to_batch(samples) if samples else []
+            learned = samples and learn(config, policy, samples, batch, judge, stop, step)
         if not learned:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
+        kl = None
+        if config.guard.measures_kl(step):
+            with timer.phase("kl"):
+                kl = kl_to_base(policy, batch, learned.scores, stop)
         progress = replace(progress, step=step, prompts=progress.prompts + config.data.prompts_per_step)
 
         with timer.phase("sync"):
             progress, probed = sync(progress)
 
         seconds = timer.lap()
+        health = measure_health(samples, learned.scores, learned.weights, config.objective, learned.rewards)
         stats = StepStats(
             step=step,
-            health=measure_health(samples, learned.scores, learned.weights, config.objective, learned.rewards),
+            health=health,
             gradient_norm=learned.gradient_norm,
             learning_rate=learned.learning_rate,
             weight_shift=learned.shift,
             pushes=progress.pushes,
             probe_difference=probed,
             tokens_per_second=int(learned.scores.lengths.sum()) / sum(seconds.values()),
+            kl_response=kl,
+            kl_token=None if kl is None else kl / health.response_length,
             seconds=seconds,
         )
         tracker.log(stats, samples, learned.scores)
+        recovery.look(stats)
         if stats.health.weightless:
             tracker.say(WEIGHTLESS)
         saver.look()
@@ -144,16 +162,21 @@ def run(config: Config, stop: Interruption) -> bool:
     with run_dir as trusted, sampler:  # vLLM comes up while the policy is built
         if rank_zero:
             stop.last_words = partial(write_status, output)
+            settle(output)  # a rollback in which the run was killed
+            sampler.draw_anew(len(read_rollbacks(output)))
         parallel = init_parallel(config.parallel, seed=config.train.seed)
         policy = Policy(config, shape, parallel)
-        progress = Progress()
-        if config.train.resume and is_megatron_checkpoint(output / CHECKPOINTS):
-            progress = policy.resume(output / CHECKPOINTS)
-        else:
+        policy.scale_rate(rate_scale(output))
+        resumes = config.train.resume and is_megatron_checkpoint(output / CHECKPOINTS)
+        if config.guard.kl_interval or not resumes:
             policy.load(config.model.load)
+        if config.guard.kl_interval:
+            policy.keep_base()
+        progress = policy.resume(output / CHECKPOINTS) if resumes else Progress()
         if parallel.rank == 0:
             Journal(output / ROLLOUTS).forget_after(progress.step + trusted)  # which may be an earlier one than named
             copy_config_files(model_dir, output / CHECKPOINTS / "hf")
+        guard = Guard(config.guard, lines_up_to(output / METRICS, progress.step) if parallel.rank == 0 else ())
         saver = Saver(
             output / CHECKPOINTS,
             policy,
@@ -163,6 +186,7 @@ def run(config: Config, stop: Interruption) -> bool:
             metrics=output / METRICS,
             settings=dump_recipe(config),
             saved=progress.step,
+            sound=lambda: None if config.guard.on_collapse == "warn" else guard.sound_step(),
         )
         sampler.connect()
         stop.begin()
@@ -172,8 +196,9 @@ def run(config: Config, stop: Interruption) -> bool:
             tracker.say(describe(config, parallel, progress.step))
             shown = open_shown(config, model_dir, sampler, tracker, start=progress.step)
             with open_held_out(config, model_dir, sampler, tracker, start=progress.step) as held_out, judge:
+                recovery = Recovery(config, guard, policy, sampler, tracker, saver, held_out)
                 progress = train(
-                    config, policy, sampler, tracker, saver, judge, held_out, shown, stop, progress=progress
+                    config, policy, sampler, tracker, saver, judge, held_out, shown, recovery, stop, progress=progress
                 )
             done = progress.step == total
             if done:

@@ -18,6 +18,7 @@ FLOORS = {
     "config": 0,
     "deadline": 0,
     "disk": 0,
+    "guard_config": 0,
     "interrupt": 0,
     "lock": 0,
     "recipe": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "conversion": 1,
     "data": 1,
     "evaluation": 1,
+    "guard": 1,
     "health": 1,
     "hub": 1,
     "journal": 1,
@@ -37,6 +39,7 @@ FLOORS = {
     "planning": 1,
     "rewards": 1,
     "reporting": 1,
+    "rollbacks": 1,
     "run_dir": 1,
     "tokenizer": 1,
     "tracking": 1,
@@ -45,6 +48,7 @@ FLOORS = {
     "held_out": 3,
     "learning": 3,
     "preflight": 3,
+    "recovery": 3,
     "responder": 3,
     "sampler": 3,
     "servers": 3,
@@ -56,6 +60,13 @@ FLOORS = {
 
 NEIGHBOURS = {
     ("recipe", "config"),  # what it reads
+    ("config", "guard_config"),  # a section with a file of its own
+    ("rollbacks", "checkpoints"),
+    ("rollbacks", "conversion"),  # the checkpoint to go on from is named as Megatron does
+    ("rollbacks", "run_dir"),
+    ("recovery", "held_out"),
+    ("recovery", "sampler"),
+    ("train", "recovery"),
     ("memory", "conversion"),  # counted from the shape of a model
     ("planning", "memory"),
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
@@ -142,11 +153,11 @@ def test_vllm_is_imported_in_the_sidecar_only():
     assert importers("vllm") <= {"rollout/serve.py", "rollout/engine.py"}
 
 
-@pytest.mark.parametrize("name", ["config", "types"])
+@pytest.mark.parametrize("name", ["config", "guard_config", "types"])
 def test_the_ground_floor_stands_on_the_standard_library(name):
     """And on the libraries of the command line, where that is read; `types` names torch for type checkers alone."""
     roots = {name.split(".")[0] for name in imports(PACKAGE / f"{name}.py")}
-    foreign = roots - sys.stdlib_module_names
+    foreign = roots - sys.stdlib_module_names - {"megatron_rlsc"}
     assert foreign <= {"dacite", "tomli_w", "tyro"} | ({"torch"} if name == "types" else set())
 
 

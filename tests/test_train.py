@@ -284,6 +284,9 @@ class ForgetfulSampler:
     def sample(self, step: int, asked: int, version: str) -> list[Sample] | None:
         return self.sampler.sample(step, asked, version)
 
+    def draw_anew(self, times: int) -> None:
+        self.sampler.draw_anew(times)
+
 
 LEFT_OUT = """
 import sys

@@ -94,3 +94,21 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """The norm of the reduced gradient over the whole model, before clipping. Call once, after the backward pass."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
+
+
+def scale_rate(optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, factor: float) -> None:
+    """Multiplies the rate of this and all later updates, peak and end of its schedule alike. A checkpoint that is
+    loaded later leaves it so (checkpoint.OWN_SETTINGS)."""
+    for group in optimizer.param_groups:
+        group |= {name: factor * group[name] for name in ("lr", "max_lr", "min_lr")}
+    schedule.max_lr, schedule.min_lr = factor * schedule.max_lr, factor * schedule.min_lr
+
+
+def forget_updates(optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler) -> None:
+    """As if no update had been made: no moments, and the first rate of the schedule."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.optimizer.state.clear()  # which the next update makes anew
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)  # where Transformer Engine's FusedAdam counts
+    schedule.num_steps = 0
+    schedule.step(increment=0)

@@ -20,11 +20,12 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
+from megatron_rlsc.policy.base import Base
 from megatron_rlsc.policy.checkpoint import check_manifest, load_checkpoint
 from megatron_rlsc.policy.curtail import Curtailed
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
-from megatron_rlsc.policy.optimizer import build_optimizer, gradient_norm, wrap_model
+from megatron_rlsc.policy.optimizer import build_optimizer, forget_updates, gradient_norm, scale_rate, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.save import Save, begin_save, write_now
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
@@ -59,6 +60,7 @@ class Policy:
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        self._base: Base | None = None
 
     def score(
         self,
@@ -78,6 +80,19 @@ class Policy:
         """
         with torch.no_grad(), self._at(temperature):
             return self._run(micro_batches, num_samples, None, abandoned)
+
+    def keep_base(self) -> None:
+        """Copies the weights, which must be the base's now, to host memory, for `score_base`."""
+        self._base = Base(self.chunks)
+
+    def score_base(
+        self, micro_batches: Sequence[MicroBatch], num_samples: int, *, abandoned: Callable[[], bool] | None = None
+    ) -> ResponseScores:
+        """What the base says of every response, at the sampling temperature; the policy is what it was. See `score`."""
+        assert self._base is not None, "keep_base() was not called"
+        self._gather_params()
+        with self._base.in_place():
+            return self.score(micro_batches, num_samples, abandoned=abandoned)
 
     def forward_backward(
         self,
@@ -111,6 +126,15 @@ class Policy:
         assert updated, "only a loss scaler skips updates, and there is none"
         self.schedule.step(increment=1)
         return learning_rate
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiplies the learning rate of all updates to come."""
+        scale_rate(self.optimizer, self.schedule, factor)
+
+    def begin_anew(self, folder: Path) -> None:
+        """The model of `folder`, as if no update had been made; the rate keeps its scale."""
+        forget_updates(self.optimizer, self.schedule)
+        self.load(folder)
 
     def load_hf_weights(self, read: Callable[[str], Tensor], *, source: str = "the HF model") -> None:
         """Takes the weights of the HF model `source`; `read` returns a whole tensor by its HF name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -27,6 +28,7 @@ class Saver:
         metrics: Path,
         settings: str,
         saved: int,
+        sound: Callable[[], int | None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -36,12 +38,13 @@ class Saver:
             keep_last, keep_best, metrics: see `checkpoints.prune`.
             settings: the run's, as TOML; kept in each checkpoint.
             saved: the step of the newest one; 0 where there is none.
+            sound: the step that the run could go back to; see `checkpoints.prune`. Asked on rank 0.
         """
         self.saved = saved
         """The last step that is on its way to the disk, or there."""
         self._folder, self._policy, self._parallel = folder, policy, policy.parallel
         self._keep_last, self._keep_best, self._metrics = keep_last, keep_best, metrics
-        self._settings = settings
+        self._settings, self._sound = settings, sound
         self._queue = AsyncCallsQueue() if behind else None
         self._under_way: Save | None = None
         children.keep()
@@ -77,4 +80,10 @@ class Saver:
 
     def _prune(self) -> None:
         if self._parallel.rank == 0:
-            prune(self._folder, keep_last=self._keep_last, keep_best=self._keep_best, metrics=self._metrics)
+            prune(
+                self._folder,
+                keep_last=self._keep_last,
+                keep_best=self._keep_best,
+                metrics=self._metrics,
+                sound=self._sound(),
+            )

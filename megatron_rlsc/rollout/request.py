@@ -31,6 +31,13 @@ def request_seed(run_seed: int, step: int, group: int) -> int:
     return int.from_bytes(digest[:6], "big")
 
 
+def again_seed(run_seed: int, times: int) -> int:
+    """The run's seed after it has gone back so many times: its own at first, and each time another."""
+    if times == 0:
+        return run_seed
+    return int.from_bytes(hashlib.sha256(f"{run_seed}:again:{times}".encode()).digest()[:6], "big")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """What every request of a run asks for: samples of p_old at the sampling temperature, uncut.
