@@ -51,7 +51,7 @@ class GuardConfig:
             "entropy_floor",
             "agreement_fall",
         ):
-            if not 0 <= getattr(self, name):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not self.entropy_ceiling > 1:
             raise ValueError(f"entropy_ceiling is times the first step's: more than 1, not {self.entropy_ceiling}")

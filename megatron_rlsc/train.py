@@ -166,7 +166,8 @@ def run(config: Config, stop: Interruption) -> bool:
             sampler.draw_anew(len(read_rollbacks(output)))
         parallel = init_parallel(config.parallel, seed=config.train.seed)
         policy = Policy(config, shape, parallel)
-        policy.scale_rate(rate_scale(output))
+        scale = parallel.broadcast_bytes(str(rate_scale(output)).encode() if rank_zero else None)
+        policy.scale_rate(float(scale.decode()))
         resumes = config.train.resume and is_megatron_checkpoint(output / CHECKPOINTS)
         if config.guard.kl_interval or not resumes:
             policy.load(config.model.load)

@@ -220,7 +220,7 @@ class StepStats:
     tokens_per_second: float = _tag("speed/tokens_per_second")
     """Response tokens over the whole step's seconds."""
     kl_response: float | None = _rare("kl/response")
-    """E_{y~p_old}[log p_old(y) - log p_base(y)] of a whole response, nats; None in a step that does not ask the base."""
+    """E_{y~p_old}[log p_old(y) - log p_base(y)] of a response, nats; None in a step that does not ask the base."""
     kl_token: float | None = _rare("kl/token")
     """The same of a token: over all responses' tokens."""
     seconds: Mapping[str, float]
