@@ -8,6 +8,7 @@ come from the base policy, before any update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,7 +67,8 @@ SIGNS = (
         tag="confidence/identical_share",
         falls=True,
         normal="best",
-        limit=lambda config, normal: normal - config.agreement_fall,
+        # The share of pairs varies from step to step as a share does, less where nearly all agree.
+        limit=lambda config, normal: normal - config.agreement_fall * max(0.5, 2 * math.sqrt(normal * (1 - normal))),
     ),
     Sign(
         name="tokens get random",
@@ -92,8 +94,7 @@ SIGNS = (
 )
 """What tells a collapse."""
 
-AGREEMENT, SATURATED = "confidence/identical_share", 0.99
-"""From here on siblings are all but equal and the gradient is all but gone: no collapse, and no reason to go on."""
+AGREEMENT = "confidence/identical_share"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,8 +156,9 @@ class Guard:
         return max(0, well - 1)  # a step's responses come from the weights of the step before
 
     def saturates(self) -> bool:
-        """Whether the last step makes it `guard_patience` steps in which siblings agree: nothing is left to learn."""
-        agreed = [row[AGREEMENT] >= SATURATED for row in self._rows if AGREEMENT in row]
+        """Whether the last step makes it `guard_patience` steps in which siblings all but agree: no collapse, but the
+        gradient is all but gone, and there is no reason to go on."""
+        agreed = [row[AGREEMENT] >= self._config.saturation for row in self._rows if AGREEMENT in row]
         patience = self._config.guard_patience
         return agreed[-patience:] == [True] * patience and not any(agreed[-patience - 1 : -patience])
 

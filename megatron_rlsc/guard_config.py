@@ -23,8 +23,12 @@ class GuardConfig:
     answers_floor: float = 0.5
     """Different answers a prompt below this share of the first step's; 0 does not look."""
     agreement_fall: float = 0.1
-    """Share of equal pairs of siblings below the most that it has kept up for guard_patience steps, by this much: the
-    opposite of what RLSC does; 1 does not look. With few questions a step it varies by more than that of itself."""
+    """Share of equal pairs of siblings below the most that it has kept up for guard_patience steps, by this much where
+    that is one half, and by less, down to half of it, where it is near 0 or 1: the opposite of what RLSC does. 2 does
+    not look. With few questions a step it varies by more than that of itself."""
+    saturation: float = 0.975
+    """Share of equal pairs of siblings from which on a run is told that nothing is left to learn; that is all that
+    comes of it. More than 1 does not look."""
     entropy_floor: float = 1e-4
     """Mean token entropy below this, in nats; 0 does not look."""
     entropy_ceiling: float = 2.0
@@ -43,14 +47,8 @@ class GuardConfig:
         for name in ("guard_patience", "max_rollbacks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "length_floor",
-            "truncation_growth",
-            "repetition_growth",
-            "answers_floor",
-            "entropy_floor",
-            "agreement_fall",
-        ):
+        shares = ("length_floor", "truncation_growth", "repetition_growth", "answers_floor", "agreement_fall")
+        for name in (*shares, "entropy_floor", "saturation"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not self.entropy_ceiling > 1:

@@ -18,8 +18,8 @@ from megatron_rlsc.tracking import Tracker, flatten
 from megatron_rlsc.types import Progress, StepStats
 
 SATURATED = (
-    "note: siblings agree in 99 % of pairs and more: there is all but nothing left to learn, and what a run does from "
-    "here on it can only do by chance. touch STOP in its folder ends it"
+    "note: saturated, siblings all but agree (--saturation): there is next to nothing left to learn, and what the run "
+    "does from here on is as likely to harm. touch STOP in its folder ends it"
 )
 
 REMEDY = "Lower --lr; --on-collapse rollback goes back by itself, --on-collapse stop ends the run (docs/collapse.md)"
