@@ -84,7 +84,8 @@ class Recovery:
         if rollback.to:
             back = self._policy.resume(self._run / CHECKPOINTS)
         else:
-            self._policy.begin_anew(self._load)
+            self._policy.forget_updates()
+            self._policy.load(self._load)
             back = Progress()
         self._rewind(back.step)
         self._tracker.say(

@@ -76,8 +76,9 @@ def _carry_out(run: Path, folder: Path, rollback: Rollback) -> None:
         (checkpoints / TRACKER).unlink(missing_ok=True)  # the run begins anew, with the base
     for step in steps_on_disk(checkpoints):
         if step > rollback.to:
-            shutil.rmtree(deleted(step_dir(checkpoints, step)), ignore_errors=True)
-            step_dir(checkpoints, step).rename(deleted(step_dir(checkpoints, step)))
+            path = step_dir(checkpoints, step)
+            shutil.rmtree(deleted(path), ignore_errors=True)
+            path.rename(deleted(path))
     sweep(checkpoints)
     (folder / ROLLOUTS).mkdir(exist_ok=True)
     for path in (run / ROLLOUTS).glob("*-*.jsonl"):

@@ -137,9 +137,14 @@ def flatten(stats: StepStats) -> dict[str, float]:
     return {"step": stats.step} | tagged(stats.health) | tagged(stats) | phases
 
 
+def tags_of_a_step() -> list[str]:
+    """Of all figures that a step can have."""
+    return [f.metadata["tag"] for record in (Health, StepStats) for f in dataclasses.fields(record) if f.metadata]
+
+
 def require_figure(name: str) -> None:
     """Raises ValueError unless `name` is empty or, but for a minus before it, a figure of every step."""
-    tags = [f.metadata["tag"] for record in (Health, StepStats) for f in dataclasses.fields(record) if f.metadata]
+    tags = tags_of_a_step()
     if name and name.removeprefix("-") not in tags:
         raise ValueError(f"--keep-best {name}: metrics.jsonl has no such figure; it has {', '.join(tags)}")
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from megatron_rlsc.config import ObjectiveConfig
-from megatron_rlsc.health import identical_share, measure_health, require_sound
+from megatron_rlsc.health import (
+    distinct_answers,
+    distinct_share,
+    identical_share,
+    measure_health,
+    repeated_share,
+    require_sound,
+)
 from megatron_rlsc.objective import log_weights
 from megatron_rlsc.types import Health, ResponseScores, Sample
 
@@ -53,6 +60,9 @@ def test_by_hand():
     assert not health.weightless
     assert health.token_entropy == 0.25  # 4 * 0.5 nats over 8 tokens
     assert (health.response_length, health.truncated_share, health.logprob_difference) == (2.0, 0.25, 2e-5)
+    assert health.repeated_share == 0.0  # no response has 8 tokens
+    assert health.distinct_share == 0.75  # 1 of 2, and 2 of 2
+    assert health.distinct_answers == 1.0  # 5 9, and 6 9 or 7 8
 
 
 def test_identical_share_counts_ordered_pairs_within_groups():
@@ -60,6 +70,29 @@ def test_identical_share_counts_ordered_pairs_within_groups():
     group = [sample(0, 1), sample(0, 1), sample(0, 1), sample(0, 2), sample(1, 1)]
     assert identical_share(group) == 0.5
     assert identical_share([sample(0, 1)]) == 0.0
+
+
+def test_a_response_that_repeats_itself():
+    """12 equal tokens have 12 - 7 = 5 runs of 8, and 4 of them repeat the first. 9 different ones have 2 runs. A period
+    of 3 over 16 tokens: 9 runs, 3 of them different. Together 4 + 0 + 6 of 5 + 2 + 9."""
+    loop, prose, period = (7,) * 12, tuple(range(9)), (1, 2, 3) * 5 + (1,)
+    assert repeated_share([sample(0, *loop)]) == 4 / 5
+    assert repeated_share([sample(0, *loop), sample(1, *prose), sample(2, *period)]) == 10 / 16
+    assert repeated_share([sample(0, 1, 1, 1)]) == 0.0
+
+
+def test_different_responses_and_different_answers():
+    """Groups a a b, a a c and d d d: 2 / 3, 2 / 3 and 1 / 3 of the siblings differ; the answers are a, a and d. What is
+    before the last 16 tokens is no answer."""
+    a, b, c, d = ((token, *range(100, 116)) for token in (1, 2, 3, 4))
+    groups = ((1,), (1,), (2,)), ((1,), (1,), (3,)), ((4,), (4,), (4,))
+    samples = [sample(group, *tokens) for group, siblings in enumerate(groups) for tokens in siblings]
+    assert distinct_share(samples) == pytest.approx(5 / 9)
+    assert distinct_answers(samples) == pytest.approx(2 / 3)
+    assert distinct_answers(samples[::-1]) == pytest.approx(2 / 3)
+    same_end = [sample(group, *tokens) for group, tokens in enumerate((a, b, c, d))]
+    assert distinct_share(same_end) == 1.0
+    assert distinct_answers(same_end) == 0.25
 
 
 def test_long_responses_keep_their_figures_in_log_space():

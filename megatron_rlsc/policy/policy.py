@@ -131,10 +131,9 @@ class Policy:
         """Multiplies the learning rate of all updates to come."""
         scale_rate(self.optimizer, self.schedule, factor)
 
-    def begin_anew(self, folder: Path) -> None:
-        """The model of `folder`, as if no update had been made; the rate keeps its scale."""
+    def forget_updates(self) -> None:
+        """The optimizer and its schedule are as if none had been made, but for the rate's scale; load weights next."""
         forget_updates(self.optimizer, self.schedule)
-        self.load(folder)
 
     def load_hf_weights(self, read: Callable[[str], Tensor], *, source: str = "the HF model") -> None:
         """Takes the weights of the HF model `source`; `read` returns a whole tensor by its HF name."""
