@@ -24,7 +24,7 @@ def main() -> None:
         config = parse_config(console_outputs=first_rank)
         folder, grace = config.train.output_dir, config.train.grace_seconds
         with Interruption(folder, grace_seconds=grace, watches_folder=first_rank) as stop:
-            from megatron_rlsc.train import run  # torch and megatron, after --help has been answered
+            from megatron_rlsc.run import run  # torch and megatron, after --help has been answered
 
             done = run(config, stop)
         if stop.at_once and not done:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from megatron_rlsc.config import Config
 from megatron_rlsc.guard import Finding, Guard
-from megatron_rlsc.held_out import NoHeldOut
 from megatron_rlsc.journal import Journal
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
 from megatron_rlsc.rollbacks import Rollback, newest_sound, read_rollbacks, roll_back
-from megatron_rlsc.run_dir import CHECKPOINTS, ROLLOUTS
+from megatron_rlsc.run_files import CHECKPOINTS, GUARD, ROLLOUTS
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.tracking import Tracker, flatten
 from megatron_rlsc.types import Progress, StepStats
@@ -29,6 +30,13 @@ class CollapseError(ValueError):
     """The policy has collapsed, and the run ends there: to start it again as it is would end it again."""
 
 
+class Rewindable(Protocol):
+    """What keeps figures of steps."""
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from a step: what was said of later ones is dropped."""
+
+
 class Recovery:
     """Rank 0 looks at the steps and decides; every rank follows. Every method is a collective of all ranks."""
 
@@ -40,23 +48,26 @@ class Recovery:
         sampler: Sampler,
         tracker: Tracker,
         saver: Saver,
-        held_out: NoHeldOut,
+        others: Sequence[Rewindable],
     ) -> None:
         """
         Args:
             guard: knows the steps that are done; on ranks other than 0 nobody asks it.
-            policy, sampler, tracker, saver, held_out: what a step back takes along.
+            policy, sampler, tracker, saver, others: what a step back takes along.
         """
         self._config, self._guard, self._policy, self._sampler = config.guard, guard, policy, sampler
-        self._tracker, self._saver, self._held_out = tracker, saver, held_out
+        self._tracker, self._saver, self._others = tracker, saver, others
         self._run, self._load = config.train.output_dir, config.model.load
 
     def look(self, stats: StepStats) -> None:
         """Takes note of a step, and says what is new about it."""
         self._guard.look(flatten(stats))
-        if self._config.on_collapse == "warn" and (found := self._guard.news()):
-            self._tracker.say(f"warning: collapse, after step {stats.step}: {_words(found)}. {REMEDY}")
+        if found := self._guard.news():
+            self._note(stats.step, "collapse", _words(found))
+            if self._config.on_collapse == "warn":
+                self._tracker.say(f"warning: collapse, after step {stats.step}: {_words(found)}. {REMEDY}")
         if self._guard.saturates():
+            self._note(stats.step, "saturation", SATURATED)
             self._tracker.say(SATURATED)
 
     def go_back(self, progress: Progress) -> Progress | None:
@@ -88,12 +99,19 @@ class Recovery:
             self._policy.load(self._load)
             back = Progress()
         self._rewind(back.step)
-        self._tracker.say(
-            f"collapse, after step {progress.step}: {rollback.why}. Back to "
-            f"{f'the checkpoint of step {back.step}' if back.step else 'the base'}, with new samples and "
-            f"{rollback.rate:g} times the learning rate"
-        )
+        where = f"the checkpoint of step {back.step}" if back.step else "the base"
+        went = f"Back to {where}, with new samples and {rollback.rate:g} times the learning rate"
+        self._note(progress.step, "rollback", went)
+        self._tracker.say(f"collapse, after step {progress.step}: {rollback.why}. {went}")
         return replace(back, pushes=progress.pushes, version=progress.version)
+
+    def _note(self, step: int, what: str, text: str) -> None:
+        """In guard.jsonl, where it stays whatever becomes of the step; a step that is made again says it once."""
+        path = self._run / GUARD
+        line = json.dumps({"step": step, "what": what, "text": text}) + "\n"
+        if self._policy.parallel.rank == 0 and not (path.is_file() and line in path.read_text()):
+            with path.open("a") as file:
+                file.write(line)
 
     def _decide(self, progress: Progress) -> dict[str, object]:
         """On rank 0: the fields of a Rollback, or the `end` of the run in words."""
@@ -118,8 +136,8 @@ class Recovery:
             Journal(self._run / ROLLOUTS).forget_after(step)
             self._sampler.draw_anew(len(read_rollbacks(self._run)))
         self._guard.forget_after(step)
-        self._tracker.rewind(step)
-        self._held_out.rewind(step)
+        for other in self._others:
+            other.rewind(step)
         self._saver.saved = step
 
 

@@ -26,7 +26,7 @@ from megatron_rlsc.rollout.fleet import Fleet, FleetError
 from megatron_rlsc.rollout.link import SyncError
 from megatron_rlsc.rollout.request import RolloutError, again_seed
 from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
-from megatron_rlsc.run_dir import ROLLOUTS, SIDECAR_LOGS
+from megatron_rlsc.run_files import ROLLOUTS, SIDECAR_LOGS
 from megatron_rlsc.servers import build_fleet, decoded_at_one_time, tensor_specs
 from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Prompt, Sample

@@ -35,6 +35,9 @@ class NothingShown:
     def meanwhile(self, progress: Progress) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def rewind(self, step: int) -> None:
+        pass
+
 
 class Shown(NothingShown):
     """Rank 0's."""
@@ -59,6 +62,10 @@ class Shown(NothingShown):
         self._prompts, self._sampler, self._tokenizer, self._tracker = prompts, sampler, tokenizer, tracker
         self._path, self._total = path, total
         self._done = {line["step"] for line in lines_up_to(path, start)}
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from a step: what was said of later ones is dropped."""
+        self._done = {line["step"] for line in lines_up_to(self._path, step)}
 
     def meanwhile(self, progress: Progress) -> AbstractContextManager[None]:
         """Has the sampler answer for the length of the block. The weights that it has must be those of `progress`, and

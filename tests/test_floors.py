@@ -53,6 +53,7 @@ FLOORS = {
     "sampler": 3,
     "servers": 3,
     "shown": 3,
+    "run": 3,
     "train": 3,
     "__main__": 3,
 }
@@ -64,7 +65,6 @@ NEIGHBOURS = {
     ("rollbacks", "checkpoints"),
     ("rollbacks", "conversion"),  # the checkpoint to go on from is named as Megatron does
     ("rollbacks", "run_dir"),
-    ("recovery", "held_out"),
     ("recovery", "sampler"),
     ("train", "recovery"),
     ("memory", "conversion"),  # counted from the shape of a model
@@ -88,13 +88,18 @@ NEIGHBOURS = {
     ("rewards", "tokenizer"),
     ("sampler", "held_out"),  # the sidecar must take its prompts as well
     ("sampler", "servers"),
+    ("run", "held_out"),
+    ("run", "recovery"),
+    ("run", "sampler"),
+    ("run", "shown"),
+    ("run", "train"),
     ("train", "held_out"),
     ("train", "learning"),
     ("shown", "held_out"),  # the sampler is asked as it is there
     ("tracking", "board"),
     ("train", "sampler"),
     ("train", "shown"),
-    ("__main__", "train"),
+    ("__main__", "run"),
 }
 """Of one floor, and yet."""
 

@@ -125,7 +125,8 @@ def test_advantages_cancel_in_no_figure():
     method = ObjectiveConfig(objective="ttrl")
     health = measure_health(samples, scores(-1.0, -2.0, -2.0, -4.0), weights, method, rewards)
     assert health.loss == pytest.approx(-(1.5 * -1 + 0.5 * 8) / 4)
-    assert (health.effective_samples, health.reward, health.negligible_share) == (3, 0.25, 0)
+    assert health.effective_samples == pytest.approx(3)
+    assert (health.reward, health.negligible_share) == (0.25, 0)
     assert not health.weightless
     assert measure_health(samples, scores(*[-1.0] * 4), 0 * weights, method, rewards).weightless
 

@@ -291,12 +291,13 @@ class ForgetfulSampler:
 LEFT_OUT = """
 import sys
 sys.path.insert(0, {tests!r})
-import megatron_rlsc.train as train
+from dataclasses import replace
+import megatron_rlsc.run as run
 from test_train import ForgetfulSampler
-whole = train.train
-def forgetful(config, policy, sampler, *others, progress):
-    return whole(config, policy, ForgetfulSampler(sampler), *others, progress=progress)
-train.train = forgetful
+whole = run.train
+def forgetful(config, parts, stop, progress):
+    return whole(config, replace(parts, sampler=ForgetfulSampler(parts.sampler)), stop, progress=progress)
+run.train = forgetful
 from megatron_rlsc.__main__ import main
 main()
 """
