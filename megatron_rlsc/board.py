@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from megatron_rlsc.config import Config
 from megatron_rlsc.types import ResponseScores, Sample
 
 LAYOUT = {
@@ -19,7 +21,7 @@ LAYOUT = {
         "entropy of a token, nats": ["Multiline", ["policy/token_entropy$"]],
     },
     "Health": {
-        "cut, negligible, underflow": ["Multiline", ["truncated_share$", "negligible_share$", "weights/underflow$"]],
+        "cut, negligible, underflow": ["Multiline", ["rollout/truncated", "negligible_share$", "weights/underflow$"]],
         "tokens of a response": ["Multiline", ["rollout/response_length$"]],
         "sampler against trainer, nats of the worst token": ["Multiline", ["logprob_difference$", "probe_difference$"]],
         "gradient norm": ["Multiline", ["optimizer/gradient_norm$"]],
@@ -39,8 +41,27 @@ LAYOUT = {
     },
 }
 """{section: {chart: [kind, figures]}} of the page Custom Scalars; figures are patterns, but for those of a margin."""
+COMPARED = {
+    "model": ("load", "bf16"),
+    "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    "data": ("data_path", "prompts_per_step"),
+    "rollout": ("samples_per_prompt", "temperature", "max_response_length"),
+    "objective": (),
+    "optimizer": ("lr", "lr_decay_style", "weight_decay", "clip_grad"),
+    "train": ("train_iters", "updates_per_rollout", "seed"),
+}
+"""{section: settings} by which HParams compares runs, none being all of the section; config.toml has the others."""
 FINAL = ("confidence/mean", "policy/token_entropy", "rollout/response_length", "held_out/accuracy")
 """Figures that stand beside a run's settings on the page HParams: their last values."""
+
+
+def compared_settings(config: Config) -> dict[str, bool | float | str]:
+    """{name: value} of those that are set."""
+    found: dict[str, Any] = {}
+    for section, names in COMPARED.items():
+        values = dataclasses.asdict(getattr(config, section))
+        found |= {name: values[name] for name in names or values if values[name] is not None}
+    return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in found.items()}
 
 
 class Board:
@@ -50,7 +71,7 @@ class Board:
         """
         Args:
             folder: of event files; points past `start`, the last step that is done, are hidden.
-            settings: {`section/name`: value}, for HParams.
+            settings: {name: value}, for HParams (`compared_settings`).
         """
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
         self._writer.add_custom_scalars(LAYOUT)

@@ -52,16 +52,6 @@ def dump_recipe(config: Config) -> str:
     return tomli_w.dumps(plain(dataclasses.asdict(config)))
 
 
-def flat_settings(config: Config) -> dict[str, bool | float | str]:
-    """{`section/name`: value} of those that are set, as TensorBoard compares runs by them."""
-    return {
-        f"{section}/{name}": value if isinstance(value, (bool, int, float, str)) else str(value)
-        for section, values in dataclasses.asdict(config).items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
 def parse_config(argv: list[str] | None = None, *, console_outputs: bool = True) -> Config:
     """`--config RECIPE.toml` first, wherever it stands, then the flags over it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
+from megatron_rlsc.board import compared_settings
 from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint
 from megatron_rlsc.conversion.hf import copy_config_files
@@ -18,7 +19,7 @@ from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
-from megatron_rlsc.recipe import dump_recipe, flat_settings
+from megatron_rlsc.recipe import dump_recipe
 from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge, open_judge
 from megatron_rlsc.rollbacks import rate_scale, read_rollbacks, settle
@@ -78,7 +79,7 @@ def run(config: Config, stop: Interruption) -> bool:
         sampler.connect()
         stop.begin()
         files, total = (output / METRICS, output / TENSORBOARD), config.train.train_iters
-        first, settings = parallel.rank == 0, flat_settings(config)
+        first, settings = parallel.rank == 0, compared_settings(config)
         with Tracker(*files, start=progress.step, total=total, enabled=first, settings=settings) as tracker:
             tracker.say(describe(config, parallel, progress.step))
             shown = open_shown(config, model_dir, sampler, tracker, start=progress.step)

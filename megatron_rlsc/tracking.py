@@ -58,7 +58,7 @@ class Tracker:
             tensorboard: folder of event files; points past `start` are hidden.
             start: the last step that is done.
             total: the last step to do.
-            settings: of the run, for TensorBoard (`recipe.flat_settings`).
+            settings: of the run, for TensorBoard (`board.compared_settings`).
         """
         self.enabled = enabled
         if not enabled:

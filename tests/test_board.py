@@ -12,12 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from megatron_rlsc.board import FINAL, LAYOUT, Board
+from megatron_rlsc.board import FINAL, LAYOUT, Board, compared_settings
 from megatron_rlsc.config import Config
-from megatron_rlsc.recipe import flat_settings
 from megatron_rlsc.types import ResponseScores, Sample
 
-SETTINGS = flat_settings(Config())
+SETTINGS = compared_settings(Config())
 
 
 def sample(logprobs: tuple[float, ...]) -> Sample:
@@ -80,9 +79,9 @@ def test_the_settings_stand_beside_the_last_figures(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     found = read(tmp_path)
     begun = content(found, "_hparams_/session_start_info").session_start_info.hparams
-    assert begun["objective/alpha"].number_value == 0.1
-    assert begun["objective/weight_scale"].string_value == "none"
-    assert begun["model/bf16"].bool_value is False
+    assert begun["alpha"].number_value == 0.1
+    assert begun["weight_scale"].string_value == "none"
+    assert begun["bf16"].bool_value is False
     figures = content(found, "_hparams_/experiment").experiment.metric_infos
     assert [info.name.tag for info in figures] == list(FINAL)
     assert content(found, "_hparams_/session_end_info").session_end_info.status
