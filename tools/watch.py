@@ -9,6 +9,7 @@ extra. Exit codes: 0, and 2 where there is no run.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a log may be ASCII
     from megatron_rlsc.reporting.run import read_run  # after --help
 
     try:

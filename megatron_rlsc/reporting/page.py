@@ -72,14 +72,18 @@ def render_page(run: Run, *, base: Path, rlsc: Path) -> str:
     )
     environment.filters |= {"interval": interval, "drawn": lambda figure: Markup(figure.svg)}  # SVG of our own
     figures, constant = curves(run)
+    distributions, why_none = probabilities(run)
+    cases, why_no_case = studies(run, base, rlsc)
     return environment.get_template("page.html").render(
         run=run,
         name=run.folder.resolve().name,
         tiles=tiles(run),
         seconds=sum(sum(seconds_of(row).values()) for row in run.steps),
-        probabilities=probabilities(run),
+        probabilities=distributions,
+        why_none=why_none,
         table=benchmark_table(read_results(base), read_results(rlsc)),
-        studies=studies(run, base, rlsc),
+        studies=cases,
+        why_no_case=why_no_case,
         figures=figures,
         constant=constant,
         phases=phase_seconds(run.steps) if any(seconds_of(row) for row in run.steps) else None,
@@ -104,10 +108,15 @@ def tiles(run: Run) -> list[Tile]:
     return found
 
 
-def probabilities(run: Run) -> list[Figure]:
-    """How probable, and how long, responses were at the first step and the last."""
-    both = first_and_last(run.folder / ROLLOUTS)
-    return [] if both is None else [*probability_figures(*both), length_figure(*both)]
+def probabilities(run: Run) -> tuple[list[Figure], str]:
+    """How probable, and how long, responses were at the first step and the last; or why that is not known."""
+    try:
+        both = first_and_last(run.folder / ROLLOUTS)
+    except ValueError as error:
+        return [], str(error)
+    if both is None:
+        return [], "The journal does not have two whole steps."
+    return [*probability_figures(*both), length_figure(*both)], ""
 
 
 def curves(run: Run) -> tuple[list[Figure], dict[str, float]]:
@@ -125,12 +134,19 @@ def curves(run: Run) -> tuple[list[Figure], dict[str, float]]:
     return figures, constant
 
 
-def studies(run: Run, base: Path, rlsc: Path) -> list[Cases]:
-    """Case studies of every source that there is; of the journal where there is no other, since it is the slowest."""
+def studies(run: Run, base: Path, rlsc: Path) -> tuple[list[Cases], str]:
+    """Case studies of every source that there is, or why there are none; of the journal where there is no other, since
+    it is the slowest."""
     found = [cases for cases in (graded_cases(base, rlsc), shown_cases(run)) if cases is not None]
-    if not found and (cases := journal_cases(run)) is not None:
-        found.append(cases)
-    return found
+    if found:
+        return found, ""
+    try:
+        cases = journal_cases(run)
+    except ValueError as error:  # a damaged step, or no tokenizer beside it
+        return [], str(error)
+    if cases is None:
+        return [], "No question was answered before and after: no evaluation, no --show-prompts, none asked again."
+    return [cases], ""
 
 
 def settings(run: Run) -> dict[str, list[Setting]]:

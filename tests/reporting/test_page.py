@@ -130,6 +130,15 @@ def test_what_cannot_be_reported(tmp_path: Path) -> None:
     done = report(tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"report: error: {tmp_path} is no run's folder")
     folder = write_run(tmp_path / "run")
-    (folder / "rollouts" / "step-000001.jsonl").write_text("{}\n")
+    done = report(folder, "--output", tmp_path / "nowhere" / "page.html")
+    assert done.returncode == 2 and "No such file or directory" in done.stderr
+
+
+def test_a_journal_that_is_damaged_costs_its_own_sections(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "rollouts" / "step-000001.jsonl").write_text('{"prompt_index":0}\n')
     done = report(folder)
-    assert done.returncode == 2 and "step-000001.jsonl, line 1, is no sample of a rollout journal" in done.stderr
+    assert done.returncode == 0, done.stderr
+    page = (folder / "report.html").read_text()
+    assert page.count("step-000001.jsonl, line 1, is no sample of a rollout journal") == 1
+    assert page.count("checkpoints/hf has no tokenizer") == 1 and "confidence/mean" in page

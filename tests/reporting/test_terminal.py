@@ -96,6 +96,13 @@ def test_once(tmp_path: Path) -> None:
     assert done.returncode == 0 and "step 5/5" in done.stdout, done.stderr
 
 
+def test_a_log_that_knows_ascii_alone(tmp_path: Path) -> None:
+    words = [*WATCH, str(write_everything(tmp_path / "run")), "--once"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and "step 5/5" in done.stdout, done.stderr
+
+
 def test_no_run(tmp_path: Path) -> None:
     done = watch(tmp_path / "nowhere", "--once")
     assert done.returncode == 2
