@@ -28,9 +28,12 @@ class Sign:
     falls: bool
     """Whether it is below the threshold that tells a collapse."""
     normal: Literal["first", "best", "any"]
-    """What the threshold is held against: the figure of the first step, the best that it has kept up, or nothing."""
-    limit: Callable[[GuardConfig, float], float]
-    """The threshold, from the settings and what is normal."""
+    """What the threshold is held against: the figure of the first step, the best of the last RECENT, or nothing."""
+    limit: Callable[[GuardConfig, float, float], float]
+    """The threshold, from the settings, what is normal, and the standard error of a difference from that (0 where the
+    figure has none)."""
+    error_tag: str = ""
+    """Of the figure's standard error."""
 
 
 SIGNS = (
@@ -39,62 +42,64 @@ SIGNS = (
         tag="rollout/response_length",
         falls=True,
         normal="first",
-        limit=lambda config, normal: config.length_floor * normal,
+        limit=lambda config, normal, error: config.length_floor * normal,
     ),
     Sign(
         name="responses do not end",
         tag="rollout/truncated_share",
         falls=False,
         normal="first",
-        limit=lambda config, normal: normal + config.truncation_growth,
+        limit=lambda config, normal, error: normal + config.truncation_growth,
     ),
     Sign(
         name="responses repeat themselves",
         tag="rollout/repeated_share",
         falls=False,
         normal="first",
-        limit=lambda config, normal: normal + config.repetition_growth,
+        limit=lambda config, normal, error: normal + config.repetition_growth,
     ),
     Sign(
         name="different questions get the same answer",
         tag="rollout/distinct_answers",
         falls=True,
         normal="first",
-        limit=lambda config, normal: config.answers_floor * normal,
+        limit=lambda config, normal, error: config.answers_floor * normal,
     ),
     Sign(
         name="siblings agree less than they did",
         tag="confidence/identical_share",
         falls=True,
         normal="best",
-        # The share of pairs varies from step to step as a share does, less where nearly all agree.
-        limit=lambda config, normal: normal - config.agreement_fall * max(0.5, 2 * math.sqrt(normal * (1 - normal))),
+        limit=lambda config, normal, error: normal - max(config.agreement_fall, config.agreement_errors * error),
+        error_tag="confidence/identical_error",
     ),
     Sign(
         name="tokens get random",
         tag="policy/token_entropy",
         falls=False,
         normal="first",
-        limit=lambda config, normal: config.entropy_ceiling * normal,
+        limit=lambda config, normal, error: config.entropy_ceiling * normal,
     ),
     Sign(
         name="nothing is left to sample",
         tag="policy/token_entropy",
         falls=True,
         normal="any",
-        limit=lambda config, normal: config.entropy_floor,
+        limit=lambda config, normal, error: config.entropy_floor,
     ),
     Sign(
         name="the policy has left the base",
         tag="kl/token",
         falls=False,
         normal="any",
-        limit=lambda config, normal: config.kl_ceiling,
+        limit=lambda config, normal, error: config.kl_ceiling,
     ),
 )
 """What tells a collapse."""
 
 AGREEMENT = "confidence/identical_share"
+RECENT = 10
+"""Steps among which the best of a figure is looked for: the best of hundreds is luck."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,42 +173,40 @@ class Guard:
 
     def _suspicion(self, sign: Sign) -> Finding | None:
         """A step without the figure says nothing: the KL is not of every step, and a run may be older than a figure."""
-        steps = [int(row["step"]) for row in self._rows if sign.tag in row]
-        values = [row[sign.tag] for row in self._rows if sign.tag in row]
-        if not values:
+        rows = [row for row in self._rows if sign.tag in row]
+        limits: list[float] = []
+        for end in range(len(rows), 0, -1):  # from the newest back, until one is within its threshold
+            normal = _normal(sign, rows[:end])
+            error = math.hypot(normal.get(sign.error_tag, 0.0), rows[end - 1].get(sign.error_tag, 0.0))
+            limit = sign.limit(self._config, normal[sign.tag], error)
+            if not _beyond(sign, rows[end - 1], limit):
+                break
+            limits.append(limit)
+        if not limits:
             return None
-        kept = held(values, self._config.guard_patience, highest=sign.falls)
-        limit = sign.limit(self._config, kept if sign.normal == "best" else values[0])
-        best = max(values) if sign.falls else min(values)  # kept up or not: where the fall began
-        well = {"first": (values[0] + limit) / 2, "best": best, "any": limit}[sign.normal]
-        beyond = _last_run(values, limit, falls=sign.falls)
-        if not beyond:
-            return None
-        before = len(values) - _last_run(values, well, falls=sign.falls)
+        # What is held against its best was well when it had that; the others, when they were not half-way.
+        half_way = {"first": (rows[0][sign.tag] + limits[0]) / 2, "any": limits[0]}.get(sign.normal)
+        first = _normal(sign, rows[: len(rows) - len(limits) + 1])
+        if half_way is None:
+            well = int(first["step"])
+        else:
+            well = int(next((row["step"] for row in reversed(rows) if not _beyond(sign, row, half_way)), 0))
         return Finding(
             sign=sign,
-            value=values[-1],
-            limit=limit,
-            since=steps[-beyond],
-            steps=beyond,
-            well=steps[before - 1] if before else 0,
+            value=rows[-1][sign.tag],
+            limit=limits[0],
+            since=int(rows[-len(limits)]["step"]),
+            steps=len(limits),
+            well=well,
         )
 
 
-def held(values: Sequence[float], steps: int, *, highest: bool) -> float:
-    """The highest value that a figure has kept up, or exceeded, for so many steps in a row; else the lowest likewise.
-
-    Of 1, 5, 3, 4, for two steps: 3, since 5 was a step's luck. Fewer than so many count together.
-    """
-    windows = [values[i : i + steps] for i in range(max(1, len(values) - steps + 1))]
-    return max(map(min, windows)) if highest else min(map(max, windows))
+def _normal(sign: Sign, rows: Sequence[Row]) -> Row:
+    """The step that the last of them is held against."""
+    if sign.normal != "best":
+        return rows[0]
+    return (max if sign.falls else min)(rows[-RECENT:], key=lambda row: row[sign.tag])
 
 
-def _last_run(values: Sequence[float], limit: float, *, falls: bool) -> int:
-    """How many of the last values in a row are beyond the limit."""
-    count = 0
-    for value in reversed(values):
-        if not (value < limit if falls else value > limit):
-            break
-        count += 1
-    return count
+def _beyond(sign: Sign, row: Row, limit: float) -> bool:
+    return row[sign.tag] < limit if sign.falls else row[sign.tag] > limit

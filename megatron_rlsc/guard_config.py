@@ -22,10 +22,11 @@ class GuardConfig:
     """Share of repeated runs of 8 tokens above the first step's by this much; 1 does not look."""
     answers_floor: float = 0.5
     """Different answers a prompt below this share of the first step's; 0 does not look."""
-    agreement_fall: float = 0.1
-    """Share of equal pairs of siblings below the most that it has kept up for guard_patience steps, by this much where
-    that is one half, and by less, down to half of it, where it is near 0 or 1: the opposite of what RLSC does. 2 does
-    not look. With few questions a step it varies by more than that of itself."""
+    agreement_fall: float = 0.05
+    """Share of equal pairs of siblings below the best of the last 10 steps, by this much and by agreement_errors: the
+    opposite of what RLSC does; 1 does not look."""
+    agreement_errors: float = 3.0
+    """Standard errors of that difference, from how the share varies between the questions of a step."""
     saturation: float = 0.975
     """Share of equal pairs of siblings from which on a run is told that nothing is left to learn; that is all that
     comes of it. More than 1 does not look."""
@@ -48,7 +49,7 @@ class GuardConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         shares = ("length_floor", "truncation_growth", "repetition_growth", "answers_floor", "agreement_fall")
-        for name in (*shares, "entropy_floor", "saturation"):
+        for name in (*shares, "agreement_errors", "entropy_floor", "saturation"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not self.entropy_ceiling > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -41,6 +42,7 @@ def measure_health(
         confidence=float(logprobs.exp().mean()),
         log_confidence=float(logprobs.logsumexp(0)) - math.log(len(samples)),
         identical_share=identical_share(samples),
+        identical_error=identical_error(samples),
         token_probability=math.exp(float(logprobs.sum()) / tokens),
         negligible_share=_negligible_share(logprobs, objective),
         effective_samples=float(relative.abs().sum() ** 2 / (relative**2).sum()) if relative.any() else 0.0,
@@ -74,6 +76,19 @@ def identical_share(samples: Sequence[Sample]) -> float:
     for size in groups.values():
         pairs += size * (size - 1)
     return equal / pairs if pairs else 0.0
+
+
+def identical_error(samples: Sequence[Sample]) -> float:
+    """The standard error of the mean over groups of their shares of equal pairs.
+
+    Shares of 1 and 0 in two groups: deviations of one half, a variance of 2 / 4 over 2 - 1, and sqrt(1/2 / 2) = 0.5.
+    """
+    siblings = Counter(sample.group for sample in samples)
+    equal = dict.fromkeys(siblings, 0)
+    for (group, _), count in Counter((sample.group, sample.response_token_ids) for sample in samples).items():
+        equal[group] += count * (count - 1)
+    shares = [equal[group] / (size * (size - 1)) for group, size in siblings.items() if size > 1]
+    return statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
 
 
 def repeated_share(samples: Sequence[Sample]) -> float:

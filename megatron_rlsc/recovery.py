@@ -92,10 +92,10 @@ class Recovery:
             roll_back(self._run, rollback)
         parallel.barrier()
         self._policy.scale_rate(rollback.rate)
+        self._policy.forget_updates()  # also of the schedule, which adds a checkpoint's steps to those that it has
         if rollback.to:
             back = self._policy.resume(self._run / CHECKPOINTS)
         else:
-            self._policy.forget_updates()
             self._policy.load(self._load)
             back = Progress()
         self._rewind(back.step)

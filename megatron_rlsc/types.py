@@ -174,6 +174,8 @@ class Health:
     """log of the same, exact where exp underflows; nats."""
     identical_share: float = _tag("confidence/identical_share")
     """Share of equal pairs among the siblings of a group: F again, by counting."""
+    identical_error: float = _tag("confidence/identical_error")
+    """Its standard error, from how groups differ in it; 0 of a single group."""
     token_probability: float = _tag("confidence/token_probability")
     """exp(mean token log p)."""
     negligible_share: float = _tag("weights/negligible_share")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rlsc.guard import SIGNS, Guard, Row, held
+from megatron_rlsc.guard import SIGNS, Guard, Row
 from megatron_rlsc.guard_config import GuardConfig
 from megatron_rlsc.tracking import tags_of_a_step
 
@@ -64,7 +64,7 @@ def test_two_steps_beyond_a_threshold_are_a_collapse(
         ("rollout/truncated_share", 1.0, {"truncation_growth": 1.0}),
         ("rollout/repeated_share", 1.0, {"repetition_growth": 1.0}),
         ("rollout/distinct_answers", 0.0, {"answers_floor": 0.0}),
-        ("confidence/identical_share", 0.0, {"agreement_fall": 2.0}),
+        ("confidence/identical_share", 0.0, {"agreement_fall": 1.0}),
         ("policy/token_entropy", 9e9, {"entropy_ceiling": float("inf")}),
         ("policy/token_entropy", 0.0, {"entropy_floor": 0.0}),
     ],
@@ -75,22 +75,28 @@ def test_a_sign_can_be_switched_off(tag: str, worst: float, off: dict[str, float
     assert not signs(tag, *values, **off)
 
 
-def test_a_figure_keeps_up_a_value_for_some_steps():
-    assert held([1, 5, 3, 4], 2, highest=True) == 3
-    assert held([5, 1, 3, 2], 2, highest=False) == 3
-    assert held([5, 1, 3, 2], 1, highest=False) == 1
-    assert held([7], 2, highest=True) == 7
-
-
 def test_siblings_that_agree_less_than_they_did():
-    """0.5 was kept up for two steps, and 2 sqrt(0.5 * 0.5) = 1: the threshold is 0.4. Of 0.98 it is half of that,
-    since 2 sqrt(0.98 * 0.02) = 0.28 is less than a half: 0.93."""
+    """Without an error to speak of, 0.05 below 0.9 is 0.85. The best is that of the last ten steps."""
     tag = "confidence/identical_share"
-    assert not signs(tag, 0.3, 0.9, 0.5, 0.41, 0.41), "0.9 was a step's luck"
-    (found,) = signs(tag, 0.3, 0.9, 0.5, 0.39, 0.39)
-    assert found.endswith("0.39, below 0.4 since step 4)")
-    assert not signs(tag, 0.3, 0.98, 0.98, 0.94, 0.94)
-    assert signs(tag, 0.3, 0.98, 0.98, 0.92, 0.92)
+    assert not signs(tag, 0.3, 0.9, 0.86, 0.86)
+    assert not signs(tag, 0.3, 0.9, 0.84, 0.86, 0.84), "one at a time"
+    (found,) = signs(tag, 0.3, 0.9, 0.84, 0.84)
+    assert found.endswith("0.84, below 0.85 since step 3)")
+    slowly = [0.9 - 0.004 * step for step in range(40)]
+    assert not signs(tag, *slowly)
+
+
+def test_a_fall_must_be_more_than_the_luck_of_the_questions():
+    """Errors of 0.03 and 0.04 are 0.05 of a difference, and three of them 0.15: below 0.75."""
+    tag, error = "confidence/identical_share", "confidence/identical_error"
+    steps = [(0.3, 0.03), (0.9, 0.03), (0.76, 0.04), (0.76, 0.04)]
+    made: list[Row] = [{"step": i, tag: value, error: spread} for i, (value, spread) in enumerate(steps, start=1)]
+    assert not Guard(GuardConfig(), made).collapse()
+    (found,) = Guard(
+        GuardConfig(), [*made, *(row | {"step": 5 + i, tag: 0.74} for i, row in enumerate(made[2:]))]
+    ).collapse()
+    assert (found.limit, found.since) == (pytest.approx(0.75), 5)
+    assert Guard(GuardConfig(agreement_errors=2), made).collapse()
 
 
 def test_sharpening_is_no_collapse():

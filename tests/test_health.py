@@ -54,6 +54,7 @@ def test_by_hand():
     assert health.confidence == pytest.approx((0.5 + 0.5 + 0.2 + 0.0001) / 4)
     assert health.log_confidence == pytest.approx(math.log(1.2001 / 4))
     assert health.identical_share == 0.5  # the pair of group 0, not that of group 1
+    assert health.identical_error == pytest.approx(0.5)  # of 1 and 0
     assert health.token_probability == pytest.approx((0.5 * 0.5 * 0.2 * 0.0001) ** (1 / 8))
     assert health.negligible_share == 0.25  # 0.0001 < 0.1 / 100
     assert health.effective_samples == pytest.approx(1.6001**2 / (0.36 + 0.36 + 0.09 + 0.1001**2))
