@@ -1,4 +1,4 @@
-"""At what rate the newcomer's run collapses, and what the guard makes of it and of healthy runs: benchmarks/collapse.md.
+"""At what rate the newcomer's run collapses, what the guard makes of it and of healthy runs: benchmarks/collapse.md.
 
 python benchmarks/collapse.py --sidecar-python .venv-sidecar/bin/python
 
@@ -198,8 +198,8 @@ def page() -> str:
     delays = [found[0] - begun for run in guarded if (found := trips(run)) and (begun := turn(run)) is not None]
     return (
         "# Collapse, and the guard\n\n"
-        "Made by `python benchmarks/collapse.py` from `examples/rlsc_tiny.toml`: 32 questions x 16 responses a step, no "
-        f"label, one rank. Held-out accuracy: greedy, on {PROBLEMS} problems, which the guard never sees. Turn: the "
+        "Made by `python benchmarks/collapse.py` from `examples/rlsc_tiny.toml`: 32 questions x 16 responses a step, "
+        f"no label, one rank. Held-out accuracy: greedy, on {PROBLEMS} problems, which the guard never sees. Turn: the "
         f"first step after which it is {TURN:.0f} points below its best. Guard: the step after which it calls a "
         "collapse, all thresholds at their defaults. KL: in the last step that measures it.\n\n"
         f"{describe('torch', 'megatron-core')}. The machine was shared with other work.\n\n"
