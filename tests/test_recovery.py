@@ -53,7 +53,7 @@ def test_a_run_goes_back_and_on(back: Run) -> None:
     board = EventAccumulator(str(back.folder / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
     seen = [json.loads(line) for line in (back.folder / "guard.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["what"]) for line in seen] == [(5, "collapse"), (5, "rollback")]
+    assert [(line["step"], line["what"]) for line in seen] == [(4, "collapse"), (4, "rollback")]
     assert seen[0]["text"] == WHY
     (rollback,) = read_rollbacks(back.folder)
     assert (rollback.step, rollback.to, rollback.rate, rollback.why) == (4, 2, 2**-13, WHY)
