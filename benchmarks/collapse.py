@@ -17,8 +17,8 @@ from pathlib import Path
 import tyro
 from machine import describe
 
+from megatron_rlsc.config import GuardConfig
 from megatron_rlsc.guard import Finding, Guard
-from megatron_rlsc.guard_config import GuardConfig
 from megatron_rlsc.rollbacks import read_rollbacks
 
 ROOT = Path(__file__).resolve().parents[1]

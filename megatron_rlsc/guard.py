@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rlsc.guard_config import GuardConfig
+from megatron_rlsc.config import GuardConfig
 
 Row = Mapping[str, float]
 """A step's figures by their tags, as a line of metrics.jsonl has them; `step` among them."""

@@ -18,7 +18,6 @@ FLOORS = {
     "config": 0,
     "deadline": 0,
     "disk": 0,
-    "guard_config": 0,
     "interrupt": 0,
     "lock": 0,
     "recipe": 0,
@@ -61,7 +60,6 @@ FLOORS = {
 
 NEIGHBOURS = {
     ("recipe", "config"),  # what it reads
-    ("config", "guard_config"),  # a section with a file of its own
     ("rollbacks", "checkpoints"),
     ("rollbacks", "conversion"),  # the checkpoint to go on from is named as Megatron does
     ("rollbacks", "run_dir"),
@@ -158,12 +156,12 @@ def test_vllm_is_imported_in_the_sidecar_only():
     assert importers("vllm") <= {"rollout/serve.py", "rollout/engine.py"}
 
 
-@pytest.mark.parametrize("name", ["config", "guard_config", "types"])
-def test_the_ground_floor_stands_on_the_standard_library(name):
-    """And on the libraries of the command line, where that is read; `types` names torch for type checkers alone."""
-    roots = {name.split(".")[0] for name in imports(PACKAGE / f"{name}.py")}
+@pytest.mark.parametrize("path", [*sorted((PACKAGE / "config").glob("*.py")), PACKAGE / "types.py"], ids=name_of)
+def test_the_ground_floor_stands_on_the_standard_library(path):
+    """`types` names torch for type checkers alone."""
+    roots = {name.split(".")[0] for name in imports(path)}
     foreign = roots - sys.stdlib_module_names - {"megatron_rlsc"}
-    assert foreign <= {"dacite", "tomli_w", "tyro"} | ({"torch"} if name == "types" else set())
+    assert foreign <= ({"torch"} if path.name == "types.py" else set())
 
 
 def test_the_objective_knows_tensors_and_nothing_else():

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_rlsc.config import GuardConfig
 from megatron_rlsc.guard import SIGNS, Guard, Row
-from megatron_rlsc.guard_config import GuardConfig
 from megatron_rlsc.tracking import tags_of_a_step
 
 WELL = {
