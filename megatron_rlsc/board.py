@@ -16,31 +16,33 @@ from megatron_rlsc.types import ResponseScores, Sample
 
 LAYOUT = {
     "Confidence": {
-        "p of a response, and share of equal siblings": ["Multiline", ["confidence/mean$", "confidence/identical"]],
-        "p of a token": ["Multiline", ["confidence/token_probability$"]],
-        "entropy of a token, nats": ["Multiline", ["policy/token_entropy$"]],
+        "p of a response, and share of equal siblings": [
+            "Multiline",
+            ["confidence/mean", "confidence/identical_share"],
+        ],
+        "p of a token": ["Multiline", ["confidence/token_probability"]],
+        "entropy of a token, nats": ["Multiline", ["policy/token_entropy"]],
+        "tokens of a response": ["Multiline", ["rollout/response_length"]],
     },
     "Health": {
-        "cut, negligible, underflow": ["Multiline", ["rollout/truncated", "negligible_share$", "weights/underflow$"]],
-        "tokens of a response": ["Multiline", ["rollout/response_length$"]],
-        "sampler against trainer, nats of the worst token": ["Multiline", ["logprob_difference$", "probe_difference$"]],
-        "gradient norm": ["Multiline", ["optimizer/gradient_norm$"]],
-        "loss": ["Multiline", ["^loss$"]],
-        "guard": ["Multiline", ["^guard/"]],
+        "cut, negligible": ["Multiline", ["rollout/truncated_share", "weights/negligible_share"]],
+        "sampler against trainer, nats": ["Multiline", ["rollout/logprob_difference", "sync/probe_difference"]],
+        "loss": ["Multiline", ["loss"]],
+        "gradient norm": ["Multiline", ["optimizer/gradient_norm"]],
     },
     "Speed": {
-        "seconds of the phases": ["Multiline", ["^time/"]],
-        "response tokens a second": ["Multiline", ["speed/tokens_per_second$"]],
+        "seconds of the phases": ["Multiline", ["time/"]],
+        "response tokens a second": ["Multiline", ["speed/tokens_per_second"]],
     },
     "Held out": {
         "accuracy, %, in its 95 % interval": [
             "Margin",
             ["held_out/accuracy", "held_out/accuracy_low", "held_out/accuracy_high"],
         ],
-        "tokens of a response": ["Multiline", ["held_out/response_length$"]],
+        "tokens of a response": ["Multiline", ["held_out/response_length"]],
     },
 }
-"""{section: {chart: [kind, figures]}} of the page Custom Scalars; figures are patterns, but for those of a margin."""
+"""{section: {chart: [kind, figures]}} of the page Custom Scalars, where figures are how their names begin."""
 COMPARED = {
     "model": ("load", "bf16"),
     "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),

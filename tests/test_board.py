@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_rlsc.board import FINAL, LAYOUT, Board, compared_settings
 from megatron_rlsc.config import Config
-from megatron_rlsc.types import ResponseScores, Sample
+from megatron_rlsc.types import Health, ResponseScores, Sample, StepStats
 
 SETTINGS = compared_settings(Config())
 
@@ -97,6 +99,18 @@ def test_the_page_of_charts(tmp_path: Path) -> None:
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(LAYOUT)
     assert [chart.title for chart in layout.category[2].chart] == list(LAYOUT["Speed"])
+
+
+def test_every_chart_has_a_figure() -> None:
+    """TensorBoard matches a pattern from the name's beginning on. Of held_out, tests/test_train.py has the names."""
+    records = [field for record in (Health, StepStats) for field in dataclasses.fields(record)]
+    tags = ["time/rollout", *(field.metadata["tag"] for field in records if field.metadata)]
+    for kind, patterns in (chart for section in LAYOUT.values() for chart in section.values()):
+        for pattern in patterns:
+            known = any(re.match(pattern, tag) for tag in tags)
+            assert known or (kind, pattern.split("/")[0]) in (("Margin", "held_out"), ("Multiline", "held_out")), (
+                pattern
+            )
 
 
 def test_text_of_a_model_is_shown_and_not_obeyed(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def benchmark_table(base: Results, rlsc: Results) -> list[Row]:
                 paper=f"{paper['base']:.1f} → {paper['rlsc']:.1f}" if paper else "",
             )
         )
-    return rows
+    return sorted(rows, key=lambda row: (row.title, row.how != "greedy", row.how))
 
 
 def _accuracy(result: Mapping[str, Any] | None) -> Estimate | None:
