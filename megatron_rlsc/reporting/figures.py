@@ -27,10 +27,13 @@ SMALL, WIDE = (3.7, 2.1), (4.8, 2.5)
 """Inches: about as wide as a telephone, so that nothing is shrunk there."""
 DOTTED = 40
 """Points of a line, up to which each has a dot."""
+MANY = 200
+"""Points, above which a line is of means, and pale behind it the points themselves."""
 BINS = 40
 _STYLE = {
     "font.size": 9,
     "svg.fonttype": "none",
+    "axes.formatter.useoffset": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GRID,
@@ -136,6 +139,8 @@ def length_figure(first: Responses, last: Responses) -> Figure:
     """Tokens of the responses before and after."""
     pairs = [np.array(responses.lengths, dtype=float) for responses in (first, last)]
     low, high = min(map(np.min, pairs)), max(map(np.max, pairs))
+    if high - low < 10:  # a width to look at, where all are as long
+        low, high = max(low - 5, 0), high + 5
     width = max(math.ceil((high - low + 1) / BINS), 1)
     means = " → ".join(f"{lengths.mean():.1f}" for lengths in pairs)
     return _shares(
@@ -172,11 +177,13 @@ def _canvas(inches: tuple[float, float]) -> tuple[Canvas, Axes]:
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str) -> None:
-    values = [value if math.isfinite(value) else math.nan for _, value in points]
-    few = len(points) <= DOTTED
-    axes.plot(
-        [step for step, _ in points], values, color=colour, linewidth=1.4, marker="o" if few else "", markersize=2
-    )
+    data = np.array([(step, value if math.isfinite(value) else math.nan) for step, value in points])
+    few = len(data) <= DOTTED
+    if len(data) > MANY:
+        axes.plot(*data.T, color=colour, linewidth=0.5, alpha=0.35)
+        means = [part.mean(0) for part in np.array_split(data, MANY // 2)]  # NaN where one of them is
+        data = np.array(means)
+    axes.plot(*data.T, color=colour, linewidth=1.4, marker="o" if few else "", markersize=2)
 
 
 def _steps(axes: Axes) -> None:

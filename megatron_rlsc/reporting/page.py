@@ -25,7 +25,7 @@ from megatron_rlsc.reporting.figures import (
 )
 from megatron_rlsc.reporting.meanings import meanings
 from megatron_rlsc.reporting.responses import first_and_last
-from megatron_rlsc.reporting.run import Run, group_of, seconds_of
+from megatron_rlsc.reporting.run import Run, duration, group_of, seconds_of
 from megatron_rlsc.run_files import ROLLOUTS
 
 GROUPS = ("", "confidence", "held_out", "rollout", "policy", "weights", "guard", "optimizer", "sync", "speed")
@@ -70,7 +70,11 @@ def render_page(run: Run, *, base: Path, rlsc: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"interval": interval, "drawn": lambda figure: Markup(figure.svg)}  # SVG of our own
+    environment.filters |= {
+        "interval": interval,
+        "duration": duration,
+        "drawn": lambda figure: Markup(figure.svg),
+    }  # SVG of our own
     figures, constant = curves(run)
     distributions, why_none = probabilities(run)
     cases, why_no_case = studies(run, base, rlsc)

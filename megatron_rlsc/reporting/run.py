@@ -104,6 +104,15 @@ def seconds_of(row: Figures) -> dict[str, float]:
     return {tag.removeprefix("time/"): value for tag, value in row.items() if tag.startswith("time/")}
 
 
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03`, `45 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
 def group_of(tag: str) -> str:
     """`confidence` of `confidence/mean`; empty for a tag without one."""
     return tag.rpartition("/")[0]

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rlsc.reporting.run import Figures, Run, State, seconds_of
+from megatron_rlsc.reporting.run import Figures, Run, State, duration, seconds_of
 
 RECENT = 20
 """Steps that the time left, and the seconds of the phases, are the mean of."""
@@ -78,15 +78,6 @@ def warnings(run: Run) -> list[str]:
     last = run.steps[-1]
     found = [f"{tag} {last[tag]:.2g}: {words}" for tag, limit, words in WARNED if last.get(tag, 0.0) > limit]
     return found + [f"{tag} is not finite" for tag, value in last.items() if not math.isfinite(value)]
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, `2:03`, `45 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
 def plain(text: str) -> str:

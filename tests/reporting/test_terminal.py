@@ -13,8 +13,8 @@ import pytest
 from folders import figures, write_everything, write_lines, write_run
 from rich.console import Console
 
-from megatron_rlsc.reporting.run import read_run
-from megatron_rlsc.reporting.terminal import duration, seconds_left, sparkline, view, warnings
+from megatron_rlsc.reporting.run import duration, read_run
+from megatron_rlsc.reporting.terminal import seconds_left, sparkline, view, warnings
 
 ROOT = Path(__file__).parents[2]
 WATCH = [sys.executable, str(ROOT / "tools" / "watch.py")]
