@@ -26,6 +26,10 @@ LAYOUT = {
     },
     "Health": {
         "cut, negligible": ["Multiline", ["rollout/truncated_share", "weights/negligible_share"]],
+        "repeated runs of tokens, distinct responses and answers": [
+            "Multiline",
+            ["rollout/repeated_share", "rollout/distinct_share", "rollout/distinct_answers"],
+        ],
         "sampler against trainer, nats": ["Multiline", ["rollout/logprob_difference", "sync/probe_difference"]],
         "loss": ["Multiline", ["loss"]],
         "gradient norm": ["Multiline", ["optimizer/gradient_norm"]],

@@ -32,9 +32,10 @@ COLUMNS = (
 TRENDS = ("confidence/mean", "policy/token_entropy", "rollout/response_length", "held_out/accuracy")
 """Figures that have a line of blocks, of the whole run."""
 WARNED = (
-    ("weights/underflow", 0.0, "every response weighs 0 in float32: the step learned nothing"),
+    ("weights/weightless", 0.0, "no response weighs anything: the step learned nothing"),
     ("weights/negligible_share", 0.5, "of the responses weigh nothing but alpha"),
     ("rollout/truncated_share", 0.2, "of the responses are cut at the limit"),
+    ("rollout/repeated_share", 0.2, "of the runs of 8 tokens were said before in their response"),
 )
 """(figure, above which it is said, words)."""
 COLOURS: dict[State, str] = {
@@ -110,7 +111,8 @@ def _head(run: Run) -> Text:
     text.append(
         f"\n{plain(str(model))} · {run.setting('data', 'prompts_per_step')} questions x "
         f"{run.setting('rollout', 'samples_per_prompt')} responses · T {temperature} · "
-        f"alpha {run.setting('objective', 'alpha')} · lr {run.setting('optimizer', 'lr')}",
+        f"{run.setting('objective', 'objective')} · alpha {run.setting('objective', 'alpha')} · "
+        f"lr {run.setting('optimizer', 'lr')}",
         style="dim",
     )
     return text

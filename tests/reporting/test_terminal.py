@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 from folders import figures, write_everything, write_lines, write_run
 from rich.console import Console
 
+from megatron_rlsc.reporting.page import TILES
 from megatron_rlsc.reporting.run import duration, read_run
-from megatron_rlsc.reporting.terminal import seconds_left, sparkline, view, warnings
+from megatron_rlsc.reporting.terminal import COLUMNS, TRENDS, WARNED, seconds_left, sparkline, view, warnings
+from megatron_rlsc.types import Health, StepStats
 
 ROOT = Path(__file__).parents[2]
 WATCH = [sys.executable, str(ROOT / "tools" / "watch.py")]
@@ -77,7 +80,7 @@ def test_a_run_without_a_step(tmp_path: Path) -> None:
 def test_figures_that_ought_not_to_be_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     assert warnings(read_run(folder)) == []
-    bad = {"weights/underflow": 1.0, "rollout/truncated_share": 0.5, "loss": float("nan")}
+    bad = {"weights/weightless": 1.0, "rollout/truncated_share": 0.5, "loss": float("nan")}
     write_lines(folder / "metrics.jsonl", figures(1) | bad)
     found = warnings(read_run(folder))
     assert len(found) == 3 and "loss is not finite" in found
@@ -124,3 +127,10 @@ def test_it_needs_no_torch() -> None:
     code = "import sys, megatron_rlsc.reporting.terminal, megatron_rlsc.reporting.page; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_the_figures_that_are_looked_for_are_there() -> None:
+    """Under the names that a step logs; those of held-out problems are tests/test_held_out.py's."""
+    wanted = {tag for tag, *_ in (*COLUMNS, *WARNED, *TILES)} | set(TRENDS)
+    records = [field for record in (Health, StepStats) for field in dataclasses.fields(record)]
+    assert wanted - {field.metadata["tag"] for field in records if field.metadata} == {"held_out/accuracy"}
