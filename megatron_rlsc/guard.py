@@ -176,7 +176,7 @@ class Guard:
         rows = [row for row in self._rows if sign.tag in row]
         limits: list[float] = []
         for end in range(len(rows), 0, -1):  # from the newest back, until one is within its threshold
-            normal = _normal(sign, rows[:end])
+            normal = _normal(sign, rows, end)
             error = math.hypot(normal.get(sign.error_tag, 0.0), rows[end - 1].get(sign.error_tag, 0.0))
             limit = sign.limit(self._config, normal[sign.tag], error)
             if not _beyond(sign, rows[end - 1], limit):
@@ -184,28 +184,26 @@ class Guard:
             limits.append(limit)
         if not limits:
             return None
-        # What is held against its best was well when it had that; the others, when they were not half-way.
-        half_way = {"first": (rows[0][sign.tag] + limits[0]) / 2, "any": limits[0]}.get(sign.normal)
-        first = _normal(sign, rows[: len(rows) - len(limits) + 1])
-        if half_way is None:
-            well = int(first["step"])
+        if sign.normal == "best":
+            well = _normal(sign, rows, len(rows) - len(limits) + 1)["step"]
         else:
-            well = int(next((row["step"] for row in reversed(rows) if not _beyond(sign, row, half_way)), 0))
+            half_way = limits[0] if sign.normal == "any" else (rows[0][sign.tag] + limits[0]) / 2
+            well = next((row["step"] for row in reversed(rows) if not _beyond(sign, row, half_way)), 0)
         return Finding(
             sign=sign,
             value=rows[-1][sign.tag],
             limit=limits[0],
             since=int(rows[-len(limits)]["step"]),
             steps=len(limits),
-            well=well,
+            well=int(well),
         )
 
 
-def _normal(sign: Sign, rows: Sequence[Row]) -> Row:
-    """The step that the last of them is held against."""
+def _normal(sign: Sign, rows: Sequence[Row], end: int) -> Row:
+    """What the last of the first `end` steps is held against."""
     if sign.normal != "best":
         return rows[0]
-    return (max if sign.falls else min)(rows[-RECENT:], key=lambda row: row[sign.tag])
+    return (max if sign.falls else min)(rows[max(0, end - RECENT) : end], key=lambda row: row[sign.tag])
 
 
 def _beyond(sign: Sign, row: Row, limit: float) -> bool:

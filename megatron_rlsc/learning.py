@@ -17,6 +17,7 @@ from megatron_rlsc.objective import METHODS, Responses, group_advantages, weigh,
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.rewards import NoJudge
+from megatron_rlsc.tracking import Timer
 from megatron_rlsc.types import MicroBatch, ResponseScores, Sample
 
 
@@ -80,13 +81,15 @@ def learn(
     )
 
 
-def kl_to_base(policy: Policy, batch: list[MicroBatch], scores: ResponseScores, stop: Interruption) -> float | None:
+def kl_to_base(
+    policy: Policy, batch: list[MicroBatch], scores: ResponseScores, stop: Interruption, timer: Timer
+) -> float | None:
     """E_{y ~ p_old}[log p_old(y) - log p_base(y)] over the step's responses, nats a response; `scores` are p_old's.
     None where the run is to end at once."""
-    base = policy.score_base(batch, len(scores.logprobs), abandoned=lambda: stop.at_once)
-    if urgency(stop, policy.parallel) is Urgency.AT_ONCE:
-        return None
-    return float((scores.logprobs - base.logprobs).mean())
+    with timer.phase("kl"):
+        base = policy.score_base(batch, len(scores.logprobs), abandoned=lambda: stop.at_once)
+    cut = urgency(stop, policy.parallel) is Urgency.AT_ONCE
+    return None if cut else float((scores.logprobs - base.logprobs).mean())
 
 
 class Weights:

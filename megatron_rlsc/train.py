@@ -79,10 +79,7 @@ def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progres
             learned = samples and learn(config, policy, samples, batch, parts.judge, stop, step)
         if not learned:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
-        kl = None
-        if config.guard.measures_kl(step):
-            with timer.phase("kl"):
-                kl = kl_to_base(policy, batch, learned.scores, stop)
+        kl = kl_to_base(policy, batch, learned.scores, stop, timer) if config.guard.measures_kl(step) else None
         progress = replace(progress, step=step, prompts=progress.prompts + config.data.prompts_per_step)
 
         with timer.phase("sync"):

@@ -70,6 +70,14 @@ def test_the_newest_and_the_best_stay(keep_last: int, keep_best: str, kept: list
     assert sorted(path.name for path in tmp_path.glob("*iter_*")) == [step_dir(tmp_path, step).name for step in kept]
 
 
+@pytest.mark.parametrize(("sound", "kept"), [(None, [5]), (5, [5]), (3, [3, 5]), (0, [5])])
+def test_what_the_run_could_go_back_to_stays(sound: int | None, kept: list[int], tmp_path: Path) -> None:
+    """The newest that is not after it: of 3, that of step 3; of 0, which is the base, none."""
+    finished(tmp_path, 1, 2, 3, 4, 5)
+    prune(tmp_path, keep_last=1, keep_best="", metrics=tmp_path / "absent.jsonl", sound=sound)
+    assert steps_on_disk(tmp_path) == kept
+
+
 def test_of_equal_figures_the_newest_counts_and_only_of_steps_that_are_there(tmp_path: Path) -> None:
     path = metrics(tmp_path, loss=[9.0, 0.9, 0.9, 0.5])
     assert best_of([2, 3, 4], "loss", path) == {3}

@@ -17,7 +17,7 @@ import pytest
 from megatron_rlsc.rollout.client import RolloutClient
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.rollout.fleet import Fleet, Replica
-from megatron_rlsc.rollout.request import RolloutError, request_seed
+from megatron_rlsc.rollout.request import RolloutError, again_seed, request_seed
 from megatron_rlsc.rollout.responses import MalformedAnswerError, StaleSampleError
 from megatron_rlsc.types import Prompt
 
@@ -104,6 +104,14 @@ def test_seeds_differ_in_run_step_and_group() -> None:
     assert max(seeds) < 2**48
     # int.from_bytes(sha256(b"1234:0:0").digest()[:6], "big"): a journal's seeds must not change under us.
     assert request_seed(1234, 0, 0) == 268149602545406
+
+
+def test_a_run_that_has_gone_back_asks_with_other_seeds() -> None:
+    """The same again for each number of times: a run that is resumed after it has gone back goes on with those."""
+    assert again_seed(7, 0) == 7
+    seeds = {again_seed(run, times) for run in range(4) for times in range(8)}
+    assert len(seeds) == 4 * 8
+    assert again_seed(7, 2) == again_seed(7, 2) < 2**48
 
 
 def edit(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
