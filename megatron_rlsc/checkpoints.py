@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_rlsc.conversion.folders import STEP_PREFIX, latest_checkpoint, step_dir
@@ -37,8 +37,8 @@ def candidates(folder: Path, *, warn: Callable[[str], None]) -> Iterator[Path]:
         yield step_dir(folder, step)
 
 
-def prune(folder: Path, *, keep_last: int, keep_best: str, metrics: Path, sound: int | None = None) -> None:
-    """Deletes all checkpoints but the newest `keep_last`, the best and the sound one. A half-deleted one has another
+def prune(folder: Path, *, keep_last: int, keep_best: str, metrics: Path, spared: Sequence[int] = ()) -> None:
+    """Deletes all checkpoints but the newest `keep_last`, the best and the spared ones. A half-deleted one has another
     name.
 
     Args:
@@ -46,13 +46,14 @@ def prune(folder: Path, *, keep_last: int, keep_best: str, metrics: Path, sound:
         keep_last: 0 deletes none.
         keep_best: a figure of `metrics`, highest first; with a minus before it, lowest first.
         metrics: JSON lines, one a step.
-        sound: the newest checkpoint that is not after this step stays; None keeps none for that.
+        spared: of each of these steps, the newest checkpoint that is not after it stays.
     """
     if keep_last == 0:
         return
     steps = steps_on_disk(folder)
     kept = set(steps[-keep_last:]) | best_of(steps, keep_best, metrics)
-    kept |= set([step for step in steps if sound is not None and step <= sound][-1:])
+    for spare in spared:
+        kept |= set([step for step in steps if step <= spare][-1:])
     for step in steps:
         if step not in kept:
             path = step_dir(folder, step)

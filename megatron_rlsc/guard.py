@@ -160,6 +160,13 @@ class Guard:
         well = min((finding.well for finding in self._suspicions()), default=last)
         return max(0, well - 1)  # a step's responses come from the weights of the step before
 
+    def spared_steps(self) -> list[int]:
+        """What the run would go back to, were it to collapse from here on: by a sign that is held against the first
+        step, or by one that is held against its best."""
+        known = [(sign, [row for row in self._rows if sign.tag in row]) for sign in SIGNS if sign.normal == "best"]
+        peaks = [int(_normal(sign, rows, len(rows))["step"]) for sign, rows in known if rows]
+        return [self.sound_step(), *(max(0, peak - 1) for peak in peaks)]
+
     def saturates(self) -> bool:
         """Whether the last step makes it `guard_patience` steps in which siblings all but agree: no collapse, but the
         gradient is all but gone, and there is no reason to go on."""

@@ -74,7 +74,7 @@ def run(config: Config, stop: Interruption) -> bool:
             metrics=output / METRICS,
             settings=dump_recipe(config),
             saved=progress.step,
-            sound=lambda: None if config.guard.on_collapse == "warn" else guard.sound_step(),
+            spared=lambda: () if config.guard.on_collapse == "warn" else guard.spared_steps(),
         )
         sampler.connect()
         stop.begin()

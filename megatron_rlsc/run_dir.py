@@ -199,8 +199,8 @@ def _require_room(folder: Path, config: Config, shape: ModelShape) -> None:
     steps = range((trained_steps(folder / CHECKPOINTS) if resumes else 0) + 1, train.train_iters + 1)
     saves = sum(train.saves_after(step) for step in steps)
     if train.keep_last:  # and one more, while it is written
-        sound = config.guard.on_collapse != "warn"
-        saves = min(saves, train.keep_last + bool(train.keep_best) + sound + 1)
+        spared = 0 if config.guard.on_collapse == "warn" else 2
+        saves = min(saves, train.keep_last + bool(train.keep_best) + spared + 1)
     distributed = config.parallel.use_distributed_optimizer
     checkpoint = checkpoint_bytes(parameters, bf16=config.model.bf16, use_distributed_optimizer=distributed)
     export = parameters * (2 if config.model.bf16 else 4)

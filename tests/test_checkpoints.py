@@ -70,11 +70,11 @@ def test_the_newest_and_the_best_stay(keep_last: int, keep_best: str, kept: list
     assert sorted(path.name for path in tmp_path.glob("*iter_*")) == [step_dir(tmp_path, step).name for step in kept]
 
 
-@pytest.mark.parametrize(("sound", "kept"), [(None, [5]), (5, [5]), (3, [3, 5]), (0, [5])])
-def test_what_the_run_could_go_back_to_stays(sound: int | None, kept: list[int], tmp_path: Path) -> None:
-    """The newest that is not after it: of 3, that of step 3; of 0, which is the base, none."""
-    finished(tmp_path, 1, 2, 3, 4, 5)
-    prune(tmp_path, keep_last=1, keep_best="", metrics=tmp_path / "absent.jsonl", sound=sound)
+@pytest.mark.parametrize(("spared", "kept"), [((), [6]), ((6,), [6]), ((5, 2), [2, 4, 6]), ((0, 4), [4, 6])])
+def test_what_the_run_could_go_back_to_stays(spared: tuple[int, ...], kept: list[int], tmp_path: Path) -> None:
+    """The newest that is not after it: of 5, that of step 4; of 0, which is the base, none."""
+    finished(tmp_path, 2, 4, 6)
+    prune(tmp_path, keep_last=1, keep_best="", metrics=tmp_path / "absent.jsonl", spared=spared)
     assert steps_on_disk(tmp_path) == kept
 
 

@@ -135,6 +135,8 @@ def test_what_to_go_back_to():
 def test_the_peak_of_agreement_is_where_the_fall_began():
     guard = Guard(GuardConfig(), rows("confidence/identical_share", 0.3, 0.8, 0.9, 0.85, 0.5, 0.5))
     assert guard.collapse() and guard.sound_step() == 2
+    guard.forget_after(4)
+    assert guard.spared_steps() == [3, 2], "for whatever sign may come, and for this one"
 
 
 def test_a_collapse_is_news_once():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -28,7 +28,7 @@ class Saver:
         metrics: Path,
         settings: str,
         saved: int,
-        sound: Callable[[], int | None] = lambda: None,
+        spared: Callable[[], Sequence[int]] = tuple,
     ) -> None:
         """
         Args:
@@ -38,13 +38,13 @@ class Saver:
             keep_last, keep_best, metrics: see `checkpoints.prune`.
             settings: the run's, as TOML; kept in each checkpoint.
             saved: the step of the newest one; 0 where there is none.
-            sound: the step that the run could go back to; see `checkpoints.prune`. Asked on rank 0.
+            spared: steps that the run could go back to; see `checkpoints.prune`. Asked on rank 0.
         """
         self.saved = saved
         """The last step that is on its way to the disk, or there."""
         self._folder, self._policy, self._parallel = folder, policy, policy.parallel
         self._keep_last, self._keep_best, self._metrics = keep_last, keep_best, metrics
-        self._settings, self._sound = settings, sound
+        self._settings, self._spared = settings, spared
         self._queue = AsyncCallsQueue() if behind else None
         self._under_way: Save | None = None
         children.keep()
@@ -85,5 +85,5 @@ class Saver:
                 keep_last=self._keep_last,
                 keep_best=self._keep_best,
                 metrics=self._metrics,
-                sound=self._sound(),
+                spared=self._spared(),
             )
