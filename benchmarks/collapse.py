@@ -91,7 +91,7 @@ WELL = [Run(rate=HEALTHY, seed=seed, steps=20, on_collapse="stop", flags=ENDS) f
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    for run in [*GUARDED, *SWEEP, *BACK, *WELL] if args.measure else []:
+    for run in [*GUARDED, *BACK, *WELL, *SWEEP] if args.measure else []:
         if not run.ended:
             make(run, args.sidecar_python)
         args.output.write_text(page())
