@@ -49,10 +49,12 @@ class Run:
     steps: int
     on_collapse: str
     flags: tuple[str, ...] = ()
+    label: str = ""
+    """Tells runs apart that are otherwise alike."""
 
     @property
     def folder(self) -> Path:
-        return RUNS / f"{self.rate}-seed-{self.seed}-{self.on_collapse}"
+        return RUNS / f"{self.rate}-seed-{self.seed}-{self.on_collapse}{self.label}"
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -82,8 +84,10 @@ BACK = [
         seed=1,
         steps=12,
         on_collapse="rollback",
-        flags=("--eval-interval", "1", "--save-interval", "1"),
+        flags=("--eval-interval", "1", "--save-interval", "1", "--rollback-rate", factor),
+        label=factor,
     )
+    for factor in ("0.5", "0.1")
 ]
 ENDS = ("--eval-interval", "20", "--kl-interval", "5")
 WELL = [Run(rate=HEALTHY, seed=seed, steps=20, on_collapse="stop", flags=ENDS) for seed in range(1, 9)]
@@ -208,7 +212,9 @@ def page() -> str:
         f"{stopped} of {len(guarded)} seeds stopped, so many steps after the turn: {', '.join(map(str, delays))}.\n\n"
         f"## At {HEALTHY}, `--on-collapse stop`\n\n{table(well)}\n"
         f"{tripped} of {len(well)} seeds tripped.\n\n"
-        f"## At {COLLAPSING}, `--on-collapse rollback`\n\n{''.join(went_back(run) for run in BACK if run.ended)}\n"
+        f"## At {COLLAPSING}, `--on-collapse rollback`\n\n"
+        + "\n".join(f"### `--rollback-rate {run.label}`\n\n{went_back(run)}" for run in BACK if run.ended)
+        + "\n"
         f"## What the KL costs\n\n{kl_seconds()}.\n"
     )
 

@@ -39,7 +39,7 @@ class GuardConfig:
     kl_interval: int = 0
     """Steps between measurements of the KL to the base, from the first on; 0 makes none. A copy of the base's weights
     is kept in host memory, and takes the model's place for a forward pass over the step's responses."""
-    rollback_rate: float = 0.5
+    rollback_rate: float = 0.1
     """What each rollback multiplies the learning rate by, of all steps to come."""
     max_rollbacks: int = 3
     """Rollbacks of a run, resumed or not; a collapse after the last of them ends it."""
