@@ -3,7 +3,7 @@
 python benchmarks/collapse.py --sidecar-python .venv-sidecar/bin/python
 
 Four minutes a run on two idle cores. A run that has ended is not made again: the command goes on where it was ended.
-Needs matplotlib, of the `plot` extra.
+Needs matplotlib, of the `report` extra.
 """
 
 from __future__ import annotations
