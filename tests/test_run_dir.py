@@ -153,7 +153,9 @@ OTHER = {
     "temperature": 0.7,
     "max_response_length": 9,
     "replay_rollouts": Path("journal"),
+    "objective": "ttrl",
     "alpha": 0.2,
+    "power": 0.7,
     "weight_scale": "batch-max",
     "seed": 5,
 }

@@ -39,7 +39,8 @@ def test_nothing_is_left_behind(cluster_folder: Path) -> None:
         brief.submit("--nodes=1", "--output=/dev/null", "--wrap=sleep 600").wait_for("RUNNING")
         names = {os.readlink(f"/proc/{machine.pid}/ns/pid") for machine in brief.machines.values()}
         assert len(names) == 3 and names <= process_namespaces()
-        assert any("slurmstepd" in command for commands in brief.processes().values() for command in commands)
+        # The controller says RUNNING a moment before the node has the job's process.
+        brief.wait_until(lambda: "slurmstepd" in str(brief.processes()), "the job has a process", timeout=60)
     assert not names & process_namespaces()
     assert str(brief.folder) not in Path("/proc/self/mounts").read_text()
 
