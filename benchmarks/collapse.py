@@ -19,7 +19,7 @@ from machine import describe
 
 from megatron_rlsc.config import GuardConfig
 from megatron_rlsc.guard import Finding, Guard
-from megatron_rlsc.rollbacks import read_rollbacks
+from megatron_rlsc.run_folder.rollbacks import read_rollbacks
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/benchmark-collapse"

@@ -20,7 +20,7 @@ from megatron_rlsc.evaluation.problems import Problem, read_problems
 from megatron_rlsc.evaluation.statistics import accuracy, ladder, pass_at
 from megatron_rlsc.rollout.client import BegunRollout
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
-from megatron_rlsc.run_files import HELD_OUT
+from megatron_rlsc.run_folder.names import HELD_OUT
 from megatron_rlsc.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlsc.tracking import Timer, Tracker, lines_up_to
 from megatron_rlsc.types import Progress, Prompt, Sample

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from megatron_rlsc.config import Config
 from megatron_rlsc.guard import Finding, Guard
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
-from megatron_rlsc.rollbacks import Rollback, newest_sound, read_rollbacks, roll_back
-from megatron_rlsc.run_files import CHECKPOINTS, GUARD, ROLLOUTS
+from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.run_folder.names import CHECKPOINTS, GUARD, ROLLOUTS
+from megatron_rlsc.run_folder.rollbacks import Rollback, newest_sound, read_rollbacks, roll_back
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.tracking import Tracker, flatten
 from megatron_rlsc.types import Progress, StepStats

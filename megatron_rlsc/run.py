@@ -13,7 +13,6 @@ from megatron_rlsc.conversion.shape import read_shape
 from megatron_rlsc.guard import Guard
 from megatron_rlsc.held_out import open_held_out
 from megatron_rlsc.interrupt import STOP, Interruption
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.planning import check_layout
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
@@ -22,9 +21,10 @@ from megatron_rlsc.policy.saver import Saver
 from megatron_rlsc.recipe import dump_recipe
 from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge, open_judge
-from megatron_rlsc.rollbacks import rate_scale, read_rollbacks, settle
-from megatron_rlsc.run_dir import ALL, open_run_dir, write_status
-from megatron_rlsc.run_files import CHECKPOINTS, EXPORT, METRICS, ROLLOUTS, TENSORBOARD
+from megatron_rlsc.run_folder.folder import ALL, open_run_dir, write_status
+from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.run_folder.names import CHECKPOINTS, EXPORT, METRICS, ROLLOUTS, TENSORBOARD
+from megatron_rlsc.run_folder.rollbacks import rate_scale, read_rollbacks, settle
 from megatron_rlsc.sampler import Follower, build_sampler
 from megatron_rlsc.shown import open_shown
 from megatron_rlsc.tracking import Tracker, lines_up_to, require_figure

@@ -17,7 +17,6 @@ from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.data import PromptSource
 from megatron_rlsc.held_out import read_held_out
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.planning import check_token_budget
 from megatron_rlsc.rollout.buckets import TensorSpec
 from megatron_rlsc.rollout.client import BegunRollout, RolloutClient
@@ -26,7 +25,8 @@ from megatron_rlsc.rollout.fleet import Fleet, FleetError
 from megatron_rlsc.rollout.link import SyncError
 from megatron_rlsc.rollout.request import RolloutError, again_seed
 from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
-from megatron_rlsc.run_files import ROLLOUTS, SIDECAR_LOGS
+from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.run_folder.names import ROLLOUTS, SIDECAR_LOGS
 from megatron_rlsc.servers import build_fleet, decoded_at_one_time, tensor_specs
 from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Prompt, Sample

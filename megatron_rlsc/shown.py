@@ -16,7 +16,7 @@ from megatron_rlsc.config import Config
 from megatron_rlsc.data import read_questions, render
 from megatron_rlsc.held_out import Answers
 from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
-from megatron_rlsc.run_files import SHOWN
+from megatron_rlsc.run_folder.names import SHOWN
 from megatron_rlsc.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlsc.tracking import Tracker, lines_up_to
 from megatron_rlsc.types import Progress, Prompt, Sample

@@ -15,14 +15,14 @@ from megatron_rlsc.health import ProbeLimit, measure_health
 from megatron_rlsc.held_out import NoHeldOut
 from megatron_rlsc.interrupt import EXPORT as EXPORT_NOW
 from megatron_rlsc.interrupt import Interruption, Urgency
-from megatron_rlsc.journal import Journal, decode, encode
 from megatron_rlsc.learning import kl_to_base, learn, urgency
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
 from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge
-from megatron_rlsc.run_files import EXPORTS, ROLLOUTS
+from megatron_rlsc.run_folder.journal import Journal, decode, encode
+from megatron_rlsc.run_folder.names import EXPORTS, ROLLOUTS
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.shown import NothingShown
 from megatron_rlsc.tracking import Timer, Tracker

@@ -21,25 +21,21 @@ FLOORS = {
     "interrupt": 0,
     "lock": 0,
     "recipe": 0,
-    "run_files": 0,
     "types": 0,
     "batching": 1,
     "board": 1,
-    "checkpoints": 1,
     "conversion": 1,
     "data": 1,
     "evaluation": 1,
     "guard": 1,
     "health": 1,
     "hub": 1,
-    "journal": 1,
     "memory": 1,
     "objective": 1,
     "planning": 1,
     "rewards": 1,
     "reporting": 1,
-    "rollbacks": 1,
-    "run_dir": 1,
+    "run_folder": 1,
     "tokenizer": 1,
     "tracking": 1,
     "policy": 2,
@@ -60,23 +56,18 @@ FLOORS = {
 
 NEIGHBOURS = {
     ("recipe", "config"),  # what it reads
-    ("rollbacks", "checkpoints"),
-    ("rollbacks", "conversion"),  # the checkpoint to go on from is named as Megatron does
-    ("rollbacks", "run_dir"),
     ("recovery", "sampler"),
     ("train", "recovery"),
     ("memory", "conversion"),  # counted from the shape of a model
     ("planning", "memory"),
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
-    ("checkpoints", "conversion"),  # they are folders of Megatron's format
-    ("run_dir", "journal"),  # what was sampled under other settings goes before they change
-    ("run_dir", "conversion"),  # a run's folder holds checkpoints, and is for one model
+    ("run_folder", "conversion"),  # checkpoints there are of Megatron's format, and all are of one model
     ("health", "objective"),  # the weights that a step's figures are about
     ("data", "tokenizer"),  # prompts are token ids
     ("evaluation", "data"),  # questions are asked as they are in training
     ("evaluation", "tokenizer"),
     ("reporting", "evaluation"),  # the arithmetic of the table
-    ("reporting", "journal"),
+    ("reporting", "run_folder"),
     ("reporting", "tokenizer"),  # a journal has token ids alone
     ("preflight", "sampler"),  # what the trainer's first rank checks, by the function that it does it with
     ("responder", "servers"),

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import pytest
 
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 from megatron_rlsc.types import Sample
 
 ROOT = Path(__file__).parents[1]

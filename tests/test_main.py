@@ -17,7 +17,7 @@ import pytest
 from megatron_rlsc.__main__ import main
 from megatron_rlsc.conversion.shape import read_shape
 from megatron_rlsc.recipe import parse_config
-from megatron_rlsc.run_dir import open_run_dir
+from megatron_rlsc.run_folder.folder import open_run_dir
 
 NO_VLLM = sys.executable
 

@@ -16,9 +16,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import Run, drop, replay
 
-from megatron_rlsc.checkpoints import steps_on_disk
 from megatron_rlsc.conversion.folders import set_latest
-from megatron_rlsc.rollbacks import read_rollbacks
+from megatron_rlsc.run_folder.checkpoints import steps_on_disk
+from megatron_rlsc.run_folder.rollbacks import read_rollbacks
 
 COLLAPSING = (
     *("--lr=0.009765625", "--lr-warmup-iters=6", "--max-logprob-difference=1000"),  # the journal is of another policy

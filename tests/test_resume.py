@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_rlsc.batching import plan_packs
 from megatron_rlsc.conversion.folders import step_dir, trained_steps
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = ROOT / "tests" / "golden" / "journal"
@@ -114,7 +114,7 @@ KILLS = (
     "0 SIGKILL policy/save.py seal call 1",
     "0 SIGKILL conversion/folders.py set_latest call 1",
     "0 SIGKILL checkpoints.py deleted return 1",
-    "0 SIGKILL run_dir.py write_status call 2",
+    "0 SIGKILL folder.py write_status call 2",
 )
 """A point in each phase of a step; each run is killed a little further than the one before."""
 MORE_KILLS = (

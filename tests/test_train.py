@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.tokenizer import load_tokenizer, stop_token_ids
 from megatron_rlsc.types import Sample

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 
 STEPS = 4
 

@@ -93,7 +93,7 @@ def evaluate(args: Args, config: Config, stop: Interruption) -> bool:
     from megatron_rlsc.evaluation.problems import read_problems
     from megatron_rlsc.evaluation.report import line
     from megatron_rlsc.hub import load_rows
-    from megatron_rlsc.run_dir import write_status
+    from megatron_rlsc.run_folder.folder import write_status
 
     check(args)
     known = read_benchmarks(*[args.benchmarks_file] if args.benchmarks_file else [])

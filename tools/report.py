@@ -32,7 +32,7 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     from megatron_rlsc.reporting.run import read_run  # after --help
-    from megatron_rlsc.run_files import EVALUATION, REPORT
+    from megatron_rlsc.run_folder.names import EVALUATION, REPORT
 
     try:
         from megatron_rlsc.reporting.page import render_page, write_page

@@ -15,20 +15,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_rlsc.checkpoints import candidates
 from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
 from megatron_rlsc.conversion.hf import open_weights
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.policy.base import Base
 from megatron_rlsc.policy.checkpoint import check_manifest, load_checkpoint
 from megatron_rlsc.policy.curtail import Curtailed
+from megatron_rlsc.policy.kept_base import KeptBase
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, forget_updates, gradient_norm, scale_rate, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.save import Save, begin_save, write_now
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
+from megatron_rlsc.run_folder.checkpoints import candidates
 from megatron_rlsc.types import MicroBatch, Progress, ResponseScores
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ class Policy:
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
-        self._base: Base | None = None
+        self._base: KeptBase | None = None
 
     def score(
         self,
@@ -83,7 +83,7 @@ class Policy:
 
     def keep_base(self) -> None:
         """Copies the weights, which must be the base's now, to host memory, for `score_base`."""
-        self._base = Base(self.chunks)
+        self._base = KeptBase(self.chunks)
 
     def score_base(
         self, micro_batches: Sequence[MicroBatch], num_samples: int, *, abandoned: Callable[[], bool] | None = None

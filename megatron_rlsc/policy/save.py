@@ -19,7 +19,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
-from megatron_rlsc.checkpoints import deleted
 from megatron_rlsc.conversion.folders import set_latest, step_dir
 from megatron_rlsc.conversion.manifest import read_sums, sum_file, write_manifest, write_sums
 from megatron_rlsc.conversion.metadata_file import NAME as METADATA
@@ -29,6 +28,7 @@ from megatron_rlsc.policy.checkpoint import RESHARDABLE, RNG, checkpoint_state
 from megatron_rlsc.policy.model import LogprobGPTModel
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.rng import sharded_rng_state
+from megatron_rlsc.run_folder.checkpoints import deleted
 from megatron_rlsc.types import Progress
 
 SETTINGS, SUMS = "config.toml", ".sums-"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from megatron_rlsc.checkpoints import prune, sweep
 from megatron_rlsc.policy import children
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.save import Save, finish, write_behind, write_now
+from megatron_rlsc.run_folder.checkpoints import prune, sweep
 from megatron_rlsc.types import Progress
 
 

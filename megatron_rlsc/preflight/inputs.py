@@ -7,8 +7,6 @@ import os
 
 import torch
 
-from megatron_rlsc import run_dir
-from megatron_rlsc.checkpoints import candidates
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint
 from megatron_rlsc.conversion.manifest import check_sizes
 from megatron_rlsc.conversion.overview import look_at
@@ -19,6 +17,9 @@ from megatron_rlsc.planning import check_layout, check_token_budget, require_fit
 from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.preflight.finding import Finding, differing, ok, still_open, warning
 from megatron_rlsc.preflight.site import Site
+from megatron_rlsc.run_folder.checkpoints import candidates
+from megatron_rlsc.run_folder.folder import check_run_dir
+from megatron_rlsc.run_folder.names import CHECKPOINTS
 from megatron_rlsc.sampler import build_sampler
 from megatron_rlsc.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from megatron_rlsc.tracking import require_figure
@@ -95,7 +96,7 @@ def check_model(at: Site) -> Finding:
 
 def check_resumed(at: Site) -> Finding:
     """The checkpoint that `--resume` goes on from, by its files' sizes; and the figure by which the best is kept."""
-    train, folder = at.config.train, at.config.train.output_dir / run_dir.CHECKPOINTS
+    train, folder = at.config.train, at.config.train.output_dir / CHECKPOINTS
     require_figure(train.keep_best)
     if not train.resume or not is_megatron_checkpoint(folder):
         return ok("begins anew" if train.resume else "not asked for")
@@ -137,7 +138,7 @@ def check_prompts(at: Site) -> Finding:
 def check_output(at: Site) -> Finding:
     """The run's folder: that it is this run's to write, under the settings that it was made with, and has room."""
     folder, config = at.config.train.output_dir, at.config
-    run_dir.check_run_dir(folder, config, at.model_dir, at.shape)
+    check_run_dir(folder, config, at.model_dir, at.shape)
     return ok(f"{folder.absolute()}, {readable(free_bytes(folder))} free")
 
 

@@ -15,7 +15,7 @@ from megatron_rlsc.disk import write_whole
 from megatron_rlsc.lock import NO_LOCKS
 from megatron_rlsc.preflight.finding import Finding, ok, placed, warning
 from megatron_rlsc.preflight.site import Site
-from megatron_rlsc.run_files import LAUNCHER
+from megatron_rlsc.run_folder.names import LAUNCHER
 
 PREFIX = ".preflight-"
 SEEN_SECONDS = 10.0

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.reporting.responses import journaled_steps
 from megatron_rlsc.reporting.run import Run, read_lines
-from megatron_rlsc.run_files import CHECKPOINTS, ROLLOUTS
+from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.run_folder.names import CHECKPOINTS, ROLLOUTS
 from megatron_rlsc.types import Sample
 
 BOX = "\\boxed{"

@@ -26,7 +26,7 @@ from megatron_rlsc.reporting.figures import (
 from megatron_rlsc.reporting.meanings import meanings
 from megatron_rlsc.reporting.responses import first_and_last
 from megatron_rlsc.reporting.run import Run, duration, group_of, seconds_of
-from megatron_rlsc.run_files import ROLLOUTS
+from megatron_rlsc.run_folder.names import ROLLOUTS
 
 GROUPS = ("", "confidence", "held_out", "rollout", "policy", "weights", "guard", "optimizer", "sync", "speed")
 """In this order, the others after them; `time` has a plot of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

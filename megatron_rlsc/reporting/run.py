@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megatron_rlsc.config import Config
-from megatron_rlsc.run_files import (
+from megatron_rlsc.run_folder.names import (
     CONFIG,
     GUARD,
     HELD_OUT,

@@ -21,7 +21,6 @@ from torch import Tensor
 from truth import Truth, one_update, truth, two_updates, worst_update
 from world import RankError, World
 
-from megatron_rlsc.checkpoints import sweep
 from megatron_rlsc.conversion.folders import TRACKER, latest_checkpoint, step_dir
 from megatron_rlsc.conversion.manifest import NAME as MANIFEST
 from megatron_rlsc.conversion.manifest import check_sizes, sum_file, write_manifest
@@ -29,6 +28,7 @@ from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.disk import DiskError
 from megatron_rlsc.policy.save import save_checkpoint, write_now
 from megatron_rlsc.policy.saver import Saver
+from megatron_rlsc.run_folder.checkpoints import sweep
 from megatron_rlsc.types import Progress, Sample
 
 TP2, PP2 = Layout(tp=2), Layout(pp=2)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsc.config import Config, TrainConfig
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.recipe import dump_recipe
+from megatron_rlsc.run_folder.journal import Journal
 from megatron_rlsc.types import Sample
 
 EVIL = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)> & \x1b[31mred \\boxed{<b>7</b>}"

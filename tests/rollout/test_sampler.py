@@ -13,9 +13,9 @@ import pytest
 from fake_server import serving
 
 from megatron_rlsc.config import RolloutConfig
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.rollout.admission import RefusedError
 from megatron_rlsc.rollout.fleet import Fleet, FleetError, Replica
+from megatron_rlsc.run_folder.journal import Journal
 from megatron_rlsc.sampler import VllmSampler
 from megatron_rlsc.types import Prompt, Sample
 

@@ -17,7 +17,7 @@ import torch
 from cluster import ROOT, Cluster, Job
 from safetensors.torch import load_file
 
-from megatron_rlsc.journal import Journal
+from megatron_rlsc.run_folder.journal import Journal
 
 STEPS = 8
 """Of tiny.toml."""

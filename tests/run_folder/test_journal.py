@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsc.journal import Journal, decode, encode
+from megatron_rlsc.run_folder.journal import Journal, decode, encode
 from megatron_rlsc.types import Prompt, Sample
 
 SAMPLE = Sample(

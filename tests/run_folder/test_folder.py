@@ -32,9 +32,9 @@ from megatron_rlsc.config import (
 )
 from megatron_rlsc.conversion.folders import set_latest
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.recipe import load_recipe
-from megatron_rlsc.run_dir import LOCK, check_run_dir, open_run_dir
+from megatron_rlsc.run_folder.folder import LOCK, check_run_dir, open_run_dir
+from megatron_rlsc.run_folder.journal import Journal
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ from pathlib import Path
 from megatron_rlsc.recipe import load_recipe
 from megatron_rlsc.conversion.folders import set_latest
 from megatron_rlsc.conversion.shape import read_shape
-from megatron_rlsc.run_dir import open_run_dir
+from megatron_rlsc.run_folder.folder import open_run_dir
 config = load_recipe(Path(sys.argv[1]))
 with open_run_dir(config.train.output_dir, config, config.model.load, read_shape(config.model.load)):
     print("mine", flush=True)

@@ -26,10 +26,10 @@ from megatron_rlsc.disk import (
     write_whole,
 )
 from megatron_rlsc.interrupt import STOP
-from megatron_rlsc.journal import Journal
 from megatron_rlsc.lock import locked
 from megatron_rlsc.recipe import dump_recipe, load_recipe
-from megatron_rlsc.run_files import (
+from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.run_folder.names import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,

@@ -12,10 +12,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlsc.checkpoints import deleted, steps_on_disk, sweep
 from megatron_rlsc.conversion.folders import TRACKER, set_latest, step_dir
 from megatron_rlsc.disk import write_whole
-from megatron_rlsc.run_files import CHECKPOINTS, HELD_OUT, METRICS, ROLLBACKS, ROLLOUTS
+from megatron_rlsc.run_folder.checkpoints import deleted, steps_on_disk, sweep
+from megatron_rlsc.run_folder.names import CHECKPOINTS, HELD_OUT, METRICS, ROLLBACKS, ROLLOUTS
 
 RECORD, SETTLED = "rollback.json", "settled"
 

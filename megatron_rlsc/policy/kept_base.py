@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Base:
+class KeptBase:
     """A copy of this rank's parameters, made when they are the base's: each rank's own shards, so that any layout has a
     whole base, and a swap is no collective.
 

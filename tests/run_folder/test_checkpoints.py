@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsc.checkpoints import best_of, candidates, deleted, prune, steps_on_disk, sweep
 from megatron_rlsc.conversion.folders import TRACKER, set_latest, step_dir
+from megatron_rlsc.run_folder.checkpoints import best_of, candidates, deleted, prune, steps_on_disk, sweep
 
 
 def finished(folder: Path, *steps: int) -> None:
