@@ -61,7 +61,7 @@ class Shown(NothingShown):
         """
         self._prompts, self._sampler, self._tokenizer, self._tracker = prompts, sampler, tokenizer, tracker
         self._path, self._total = path, total
-        self._done = {line["step"] for line in lines_up_to(path, start)}
+        self.rewind(start)
 
     def rewind(self, step: int) -> None:
         """The run goes on from a step: what was said of later ones is dropped."""
