@@ -6,11 +6,12 @@
 #         [--trainer-python P] [--sidecar-python P] [--output-dir runs/controls] [flags of `python -m megatron_rlsc`]
 #
 #     controls    rlsc, self-sft, random, negative-entropy, ttrl, and with labels verified
-#     ttrl        rlsc with 16 responses a question beside TTRL with 64
-#     alpha       rlsc with alpha 0, 0.01, 0.1 and 1
-#     samples     rlsc with 4, 8, 16 and 32 responses a question
+#     ttrl        rlsc beside TTRL with 64 responses a question
+#     alpha       rlsc with alpha 0, 0.01 and 1
+#     samples     rlsc with 4, 8 and 32 responses a question
 #
-# A run that is done is not made again: the same command goes on after an interruption, and redraws. Of another model:
+# `rlsc` is in every set: the recipe as it is, with alpha 0.1 and 16 responses a question unless flags say otherwise. A
+# run that is done is not made again: the same command goes on after an interruption, and redraws. Of another model:
 #     --load HF_DIR --data-path QUESTIONS.jsonl --prompt-template qwen25-math-cot --apply-chat-template
 #     --eval-data PROBLEMS.jsonl --labels QUESTIONS_WITH_ANSWERS.jsonl
 set -euo pipefail
@@ -69,7 +70,7 @@ compare() { # SET TITLE NAME...
 a_run() { # NAME: of one of the sets
     case $1 in
         rlsc-alpha-*) run "$1" --alpha "${1##*-}" ;;
-        rlsc-16 | rlsc-4 | rlsc-8 | rlsc-32) run "$1" --samples-per-prompt "${1##*-}" ;;
+        rlsc-4 | rlsc-8 | rlsc-32) run "$1" --samples-per-prompt "${1##*-}" ;;
         ttrl-64) run "$1" --objective ttrl --samples-per-prompt 64 ;;
         verified) run "$1" --objective verified --data-path "$labels" ;;
         *) run "$1" --objective "$1" ;;
@@ -82,9 +83,9 @@ for set in "${sets[@]}"; do
             title='RLSC and its controls' names=(rlsc self-sft random negative-entropy ttrl)
             [[ -z $labels ]] || names+=(verified)
             ;;
-        ttrl) title='RLSC with 16 responses a question, TTRL with 64' names=(rlsc-16 ttrl-64) ;;
-        alpha) title='RLSC: the constant alpha' names=(rlsc-alpha-0 rlsc-alpha-0.01 rlsc-alpha-0.1 rlsc-alpha-1) ;;
-        samples) title='RLSC: responses a question' names=(rlsc-4 rlsc-8 rlsc-16 rlsc-32) ;;
+        ttrl) title='RLSC beside TTRL with 64 responses a question' names=(rlsc ttrl-64) ;;
+        alpha) title='RLSC, and other values of alpha' names=(rlsc rlsc-alpha-0 rlsc-alpha-0.01 rlsc-alpha-1) ;;
+        samples) title='RLSC, and other numbers of responses a question' names=(rlsc rlsc-4 rlsc-8 rlsc-32) ;;
     esac
     for name in "${names[@]}"; do a_run "$name"; done
     "$trainer" tools/evaluate.py --model "$base" --config "$output/${names[0]}/config.toml" --protocol recipe \
