@@ -97,7 +97,8 @@ def draw(runs: Mapping[str, Run], base: Mapping[str, Result], path: Path) -> Non
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if tag == ACCURACY:
                 _base_lines(axes, base)
-            axes.set_ylim(bottom=0 if axes.get_ylim()[0] > 0 else None)
+            if axes.dataLim.y0 >= 0:
+                axes.set_ylim(bottom=0)
         handles, labels = canvas.axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
         canvas.savefig(path, dpi=110)

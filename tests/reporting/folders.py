@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,19 @@ def write_evaluation(folder: Path, verdicts: list[str], *, response: str) -> Non
     )
     value = 100 * sum(right) / len(right)
     result = {
+        "benchmark": "aime24",
         "problems": len(right),
         "samples": 1,
         "temperature": 0.0,
         "accuracy": {"value": value, "low": value - 1, "high": value + 1},
+        "pass_at": {"1": value},
+        "majority": None,
         "response_length": 7.0,
+        "truncated": 0.0,
+        "unboxed": 0.0,
+        "verdicts": dict(Counter(verdicts)),
+        "listed": [],
+        "ungradable": [],
         "shares": {str(i): share for i, share in enumerate(right)},
     }
     (folder / "aime24" / "greedy" / "result.json").write_text(json.dumps(result))
