@@ -100,7 +100,9 @@ def draw(runs: Mapping[str, Run], base: Mapping[str, Result], path: Path) -> Non
             if axes.dataLim.y0 >= 0:
                 axes.set_ylim(bottom=0)
         handles, labels = canvas.axes[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+        canvas.legend(
+            handles, labels, loc="outside lower center", ncols=len(labels) if len(labels) <= 6 else 4, frameon=False
+        )
         canvas.savefig(path, dpi=110)
 
 
@@ -114,16 +116,21 @@ def _curve(axes: Axes, run: Run, tag: str, name: str) -> None:
 
 
 def _base_lines(axes: Axes, base: Mapping[str, Result]) -> None:
-    """Each with its name at the right end, above it or, where two are near, below."""
-    right = axes.get_xlim()[1]
+    """Each with its name beside the axes; where two are near, the lower one's is below."""
     shown: list[float] = []
     for how, result in sorted(base.items(), key=lambda item: -item[1].accuracy.value):
         value = result.accuracy.value
         near = any(abs(value - other) < 6 for other in shown)
         axes.axhline(value, color="#555555", linewidth=1, linestyle="--")
-        position = {"va": "top", "xytext": (0, -2)} if near else {"va": "bottom", "xytext": (0, 1)}
         axes.annotate(
-            f"base, {how}", (right, value), ha="right", fontsize=8, textcoords="offset points", color="#333", **position
+            f"base, {how}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, -1 if near else 1),
+            textcoords="offset points",
+            va="top" if near else "bottom",
+            fontsize=8,
+            color="#333333",
         )
         shown.append(value)
 
