@@ -27,6 +27,8 @@ HEALTHY, COLLAPSING = "5e-5", "1e-3"
 """The rate of the recipe, and the lowest of those tried at which the run is lost within 8 steps."""
 TURN = 10.0
 """Points of held-out accuracy below the best so far: what nobody who trains without labels sees."""
+CEILING = 0.08
+"""A --kl-ceiling, in nats a token, between these healthy runs and the others: chosen after the fact."""
 PROBLEMS = 100
 
 
@@ -125,9 +127,9 @@ def read(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def trips(run: Run) -> tuple[int, list[Finding]] | None:
-    """The first step after which the guard, with its defaults, calls it a collapse, and the signs."""
-    guard = Guard(GuardConfig())
+def trips(run: Run, config: GuardConfig | None = None) -> tuple[int, list[Finding]] | None:
+    """The first step after which the guard calls it a collapse, and the signs."""
+    guard = Guard(config or GuardConfig())
     for row in run.rows:
         guard.look(row)
         if found := guard.collapse():
@@ -156,6 +158,7 @@ def turn(run: Run) -> int | None:
 
 def row_of(run: Run) -> str:
     rows, accuracy, found = run.rows, run.accuracy, trips(run)
+    by_ceiling = trips(run, GuardConfig(kl_interval=1, kl_ceiling=CEILING))
     steps = sorted(accuracy)
     best = max(steps, key=lambda step: accuracy[step])
     signs = "; ".join(f"{one.sign.name} ({one.sign.tag})" for one in found[1]) if found else ""
@@ -164,14 +167,15 @@ def row_of(run: Run) -> str:
     return (
         f"| {run.rate} | {run.seed} | {len(rows)} | {accuracy[steps[0]]:.0f} | {accuracy[best]:.0f} ({best}) "
         f"| {accuracy[steps[-1]]:.0f} | {turn(run) or ''} | {found[0] if found else ''} | {signs} "
-        f"| {saturates(run) or ''} | {divergence} |\n"
+        f"| {by_ceiling[0] if by_ceiling else ''} | {saturates(run) or ''} | {divergence} |\n"
     )
 
 
 def table(runs: list[Run]) -> str:
     head = (
-        "| rate | seed | steps | base, % | best, % (step) | last, % | turn | guard | signs | saturated | KL a token |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| rate | seed | steps | base, % | best, % (step) | last, % | turn | guard | signs "
+        "| with a ceiling | saturated | KL a token |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(row_of(run) for run in runs if run.accuracy)
 
@@ -205,7 +209,8 @@ def page() -> str:
         "Made by `python benchmarks/collapse.py` from `examples/rlsc_tiny.toml`: 32 questions x 16 responses a step, "
         f"no label, one rank. Held-out accuracy: greedy, on {PROBLEMS} problems, which the guard never sees. Turn: the "
         f"first step after which it is {TURN:.0f} points below its best. Guard: the step after which it calls a "
-        "collapse, all thresholds at their defaults. KL: in the last step that measures it.\n\n"
+        f"collapse, all thresholds at their defaults; with a ceiling: the same with --kl-ceiling {CEILING}, a "
+        "value chosen from these runs. KL: in the last step that measures it.\n\n"
         f"{describe('torch', 'megatron-core')}. The machine was shared with other work.\n\n"
         f"## Where it collapses: no guard (`--on-collapse warn`)\n\n{table([run for run in SWEEP if run.ended])}\n"
         f"## At {COLLAPSING}, `--on-collapse stop`\n\n{table(guarded)}\n"
@@ -242,6 +247,7 @@ def draw(path: Path) -> None:
     for panel, (title, tag) in zip(axes.flat, FIGURES.items()):
         panel.set_title(title)
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         for run in (*WELL, *SWEEP):
             colour, rows = colours.get(run.rate, "tab:green"), run.rows
             points = (

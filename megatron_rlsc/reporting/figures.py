@@ -81,7 +81,7 @@ def held_out_curve(rows: Sequence[Figures]) -> Figure:
     axes.fill_between(steps, low, high, color=RLSC, alpha=0.2, linewidth=0)
     _line(axes, [(int(row["step"]), row.get("held_out/accuracy", math.nan)) for row in rows], RLSC)
     _steps(axes)
-    caption = "Greedy, of --eval-data-path, in percent; the band is the 95 % interval. Step 0 is the base."
+    caption = "Of --eval-data-path, in percent; the band is the 95 % interval. Step 0 is the base."
     return Figure(title="held_out/accuracy", caption=caption, svg=_svg(canvas, "held-out accuracy over the steps"))
 
 
