@@ -33,9 +33,11 @@ FLOORS = {
     "memory": 1,
     "objective": 1,
     "planning": 1,
+    "proposals": 1,
     "rewards": 1,
     "reporting": 1,
     "run_folder": 1,
+    "timing": 1,
     "tokenizer": 1,
     "tracking": 1,
     "policy": 2,
@@ -60,6 +62,12 @@ NEIGHBOURS = {
     ("train", "recovery"),
     ("memory", "conversion"),  # counted from the shape of a model
     ("planning", "memory"),
+    ("proposals", "conversion"),  # of the shape of a model
+    ("proposals", "memory"),
+    ("proposals", "planning"),
+    ("proposals", "timing"),
+    ("timing", "conversion"),
+    ("timing", "memory"),
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
     ("run_folder", "conversion"),  # checkpoints there are of Megatron's format, and all are of one model
     ("health", "objective"),  # the weights that a step's figures are about
