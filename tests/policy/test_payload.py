@@ -10,13 +10,13 @@ from pathlib import Path
 
 CODE = """
 import time
+from datetime import timedelta
 from megatron_rlsc.config import ParallelConfig
-from megatron_rlsc.policy.parallel import destroy_parallel, init_parallel
+from megatron_rlsc.policy.parallel import init_parallel
 import torch, torch.distributed as dist
 
-config = ParallelConfig()
-object.__setattr__(config, "distributed_timeout_minutes", 3 / 60)
-parallel = init_parallel(config, seed=1)
+parallel = init_parallel(ParallelConfig(), seed=1)
+dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))  # a busy machine may take longer to make the group
 for payload in (b"", b"late", b"at once"):
     if payload == b"late" and parallel.rank == 0:
         time.sleep(5)
