@@ -1,7 +1,7 @@
 # `make test` is what CI runs. Ready environments may be named:
 #     make test TRAINER_PYTHON=/path/to/python RLSC_SIDECAR_PYTHON=/path/to/python
 
-.PHONY: test test-slurm test-faults test-gpu lint format clean environments
+.PHONY: test test-slurm test-faults test-gpu bench-gpu lint format clean environments
 
 ifndef TRAINER_PYTHON
 TRAINER_PYTHON := $(CURDIR)/.venv/bin/python
@@ -35,6 +35,10 @@ test-faults: $(ENVIRONMENTS)
 # On a machine with a GPU; without one every test says why it is skipped.
 test-gpu: $(ENVIRONMENTS)
 	$(TRAINER_PYTHON) -m pytest tests/gpu -rs
+
+# Eight minutes on an H100 or H200: speed and memory, into benchmarks/gpu.md.
+bench-gpu: $(ENVIRONMENTS)
+	$(TRAINER_PYTHON) benchmarks/gpu.py
 
 lint: $(ENVIRONMENTS)
 	$(TRAINER_PYTHON) -m pre_commit run --all-files

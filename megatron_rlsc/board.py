@@ -37,6 +37,7 @@ LAYOUT = {
     "Speed": {
         "seconds of the phases": ["Multiline", ["time/"]],
         "response tokens a second": ["Multiline", ["speed/tokens_per_second"]],
+        "padding, imbalance of replicas, prompts computed once": ["Multiline", ["packing/"]],
     },
     "Held out": {
         "accuracy, %, in its 95 % interval": [
@@ -51,7 +52,7 @@ COMPARED = {
     "model": ("load", "bf16"),
     "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     "data": ("data_path", "prompts_per_step"),
-    "rollout": ("samples_per_prompt", "temperature", "max_response_length"),
+    "rollout": ("samples_per_prompt", "temperature", "max_response_length", "rollout_lead"),
     "objective": (),
     "optimizer": ("lr", "lr_decay_style", "weight_decay", "clip_grad"),
     "train": ("train_iters", "updates_per_rollout", "seed"),

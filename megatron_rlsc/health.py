@@ -27,18 +27,20 @@ def measure_health(
     weights: Tensor,
     objective: ObjectiveConfig,
     rewards: Tensor | None = None,
+    sampled: Tensor | None = None,
 ) -> Health:
     """The step's figures.
 
     Args:
-        scores: p_old's, in the order of `samples`.
+        scores: of the policy that learns, in the order of `samples`.
         weights: [B] float64, of the responses in the loss.
         rewards: [B], where the method takes one.
+        sampled: [B] float64, log p_old, where that policy is not p_old.
     """
-    logprobs, tokens = scores.logprobs, int(scores.lengths.sum())
+    logprobs, tokens = scores.logprobs if sampled is None else sampled, int(scores.lengths.sum())
     relative = weights / weights.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     return Health(
-        loss=-float((weights * logprobs).mean()),
+        loss=-float((weights * scores.logprobs).mean()),
         confidence=float(logprobs.exp().mean()),
         log_confidence=float(logprobs.logsumexp(0)) - math.log(len(samples)),
         identical_share=identical_share(samples),
@@ -54,6 +56,7 @@ def measure_health(
         distinct_share=distinct_share(samples),
         distinct_answers=distinct_answers(samples),
         logprob_difference=float(scores.rollout_difference.max()),
+        log_ratio=None if sampled is None else float((scores.logprobs - sampled).mean()),
         reward=None if rewards is None else float(rewards.mean()),
     )
 

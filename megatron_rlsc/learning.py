@@ -26,7 +26,9 @@ class Learned:
     """A step's updates."""
 
     scores: ResponseScores
-    """p_old's, of the policy that the sampler has."""
+    """The policy's before the first of them."""
+    sampled: Tensor | None
+    """[B] float64, with --rollout-lead: log p_old, by the sampler. Without, the policy is p_old: None."""
     weights: Tensor
     """[B] of the responses in the loss."""
     rewards: Tensor | None
@@ -37,6 +39,11 @@ class Learned:
     """Of the last update."""
     learning_rate: float
     """Likewise."""
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[B] float64, log p_old."""
+        return self.scores.logprobs if self.sampled is None else self.sampled
 
 
 def learn(
@@ -57,13 +64,21 @@ def learn(
     def abandoned() -> bool:
         return stop.at_once
 
+    sampled, max_difference = None, limit  # the sampler has these weights, and no later ones
+    if config.rollout.rollout_lead:
+        # p_old is of weights that the trainer has no more, but for the first step: the sampler alone knows it.
+        sampled, lengths = sampled_logprobs(samples)
+        weights.fix(sampled, lengths)
+        if any(sample.made_after != step - 1 for sample in samples):
+            max_difference = math.inf
     # The first update's own pass gives p_old: another is needed for those after it, and for what depends on the batch.
-    if updates > 1 or weights.need_the_batch:
-        weights.fix(policy.score(batch, num_samples, abandoned=abandoned))
+    elif updates > 1 or weights.need_the_batch:
+        old = policy.score(batch, num_samples, abandoned=abandoned)
+        weights.fix(old.logprobs, old.lengths)
     scores = policy.forward_backward(batch, num_samples, weights, abandoned=abandoned)
     if urgency(stop, policy.parallel) is Urgency.AT_ONCE:
         return None
-    first, max_difference = scores, limit  # the sampler has these weights, and no later ones
+    first = scores
     for update in range(updates):
         if update > 0:
             scores = policy.forward_backward(batch, num_samples, weights)
@@ -73,6 +88,7 @@ def learn(
         learning_rate = policy.step()
     return Learned(
         scores=first,
+        sampled=sampled,
         weights=weights(first.logprobs, first.lengths, torch.arange(num_samples)),
         rewards=rewards,
         shift=weights.shift,
@@ -81,15 +97,22 @@ def learn(
     )
 
 
+def sampled_logprobs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """[B] float64, the sampler's own log-probability of each response, at the sampling temperature; [B] its tokens."""
+    logprobs = [math.fsum(sample.rollout_logprobs) for sample in samples]
+    lengths = [len(sample.response_token_ids) for sample in samples]
+    return torch.tensor(logprobs, dtype=torch.float64), torch.tensor(lengths)
+
+
 def kl_to_base(
-    policy: Policy, batch: list[MicroBatch], scores: ResponseScores, stop: Interruption, timer: Timer
+    policy: Policy, batch: list[MicroBatch], old_logprobs: Tensor, stop: Interruption, timer: Timer
 ) -> float | None:
-    """E_{y ~ p_old}[log p_old(y) - log p_base(y)] over the step's responses, nats a response; `scores` are p_old's.
-    None where the run is to end at once."""
+    """E_{y ~ p_old}[log p_old(y) - log p_base(y)] over the step's responses, nats a response; `old_logprobs` [B] are
+    log p_old. None where the run is to end at once."""
     with timer.phase("kl"):
-        base = policy.score_base(batch, len(scores.logprobs), abandoned=lambda: stop.at_once)
+        base = policy.score_base(batch, len(old_logprobs), abandoned=lambda: stop.at_once)
     cut = urgency(stop, policy.parallel) is Urgency.AT_ONCE
-    return None if cut else float((scores.logprobs - base.logprobs).mean())
+    return None if cut else float((old_logprobs - base.logprobs).mean())
 
 
 class Weights:
@@ -106,10 +129,10 @@ class Weights:
         self._advantages = torch.zeros(len(samples)) if rewards is None else group_advantages(rewards, self._groups)
         self._table: Tensor | None = None
 
-    def fix(self, old: ResponseScores) -> None:
-        """From here on they are those of `old`, p_old's scores, whatever the policy says."""
-        self.shift = weight_shift(old.logprobs, self._objective)
-        self._table = self._weigh(old.logprobs, old.lengths, torch.arange(len(old.lengths)))
+    def fix(self, old_logprobs: Tensor, lengths: Tensor) -> None:
+        """From here on they are those of log p_old, [B], and the responses' tokens, [B], whatever the policy says."""
+        self.shift = weight_shift(old_logprobs, self._objective)
+        self._table = self._weigh(old_logprobs, lengths, torch.arange(len(lengths)))
 
     def __call__(self, logprobs: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         """[d] float64; `policy.Weigh`."""

@@ -21,6 +21,8 @@ from megatron_rlsc.conversion.shape import ModelShape
 GIB = 2**30
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 """Of a number, by Megatron-LM's words for dtypes."""
+HEAD_ROWS, HEAD_WORDS = 64, 16384
+"""ROWS and GRADIENT_ROWS of policy/logprobs.py, a floor above; a test measures what comes of them."""
 FIXED_ALLOWANCE = 4 * GIB
 """An assumption, not measured: the CUDA context, NCCL's buffers for TP, PP, DP and the world, workspaces of cuBLAS and
 cuDNN, and the 0.8 GiB that a GPU of 80 GiB does not hand out."""
@@ -284,20 +286,20 @@ class _Pass:
             uniform = self.layout.recompute_method == "uniform"
             layer += self.layer * (min(count, self.run) if uniform else int(count >= self.run))
         embedding = self.hidden + self.vocabulary * (e + self.upcast) - self.kept if self.first else 0
-        # A tied weight has two gradients: the head's waits for the embedding's.
-        waiting = self.vocabulary * e if self.alone and self.shape.tie_word_embeddings else 0
-        return max(layer, embedding) + waiting
+        return max(layer, embedding)
 
     @property
     def logprobs(self) -> int:
-        """policy/logprobs.py, from the last norm on. Forwards a chunk's logits in float32 and as much again in its
-        sums; backwards its logits and their gradient, and beside them the weight's gradient in float32, with the part
-        that is added to it."""
+        """policy/logprobs.py, from the last norm on: a chunk's logits in float32, and in the dtype that the product has
+        or their gradient goes on in; two steps of some of its rows; a part of the weight's gradient on its way into
+        the buffer; the hidden states' gradient."""
         if not self.last:
             return 0
-        chunk = min(self.config.model.logprob_chunk_tokens, self.t) * self.shape.padded_vocab_size // self.tp
+        tokens, words = min(self.config.model.logprob_chunk_tokens, self.t), self.shape.padded_vocab_size // self.tp
         norm = self.stream if self.te else self.norm - self.stream
         gathered = self.hidden if self.layout.sequence_parallel else 0
-        forward = norm + self.stream + gathered + self.hidden + 8 * chunk
-        logits = (4 + (self.e if self.e < 4 else 0)) * chunk
-        return max(forward, norm + 2 * self.hidden + logits + self.vocabulary * (4 + self.e + self.upcast))
+        logits, low = 4 * tokens * words, self.e * tokens * words if self.e < 4 else 0
+        wider = BYTES[self.config.optimizer.main_grads_dtype] > self.e
+        product = min(HEAD_WORDS, words) * self.shape.hidden_size * (self.e + self.upcast) if wider else 0
+        sums = 2 * 4 * min(HEAD_ROWS, tokens) * words
+        return norm + self.stream + gathered + 2 * self.hidden + logits + max(low + product, sums)

@@ -49,8 +49,9 @@ class Proposal:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return self.train.total + self.generate + self.push
+        """Of a step; with --rollout-lead it trains and generates at one time."""
+        both = (self.train.total, self.generate)
+        return (max(both) if self.config.rollout.rollout_lead else sum(both)) + self.push
 
 
 def propose(shape: ModelShape, config: Config, gpu: Gpu, *, gpus: int, work: Work) -> list[Proposal]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
+from megatron_rlsc.ahead import open_ahead
 from megatron_rlsc.board import compared_settings
 from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, is_megatron_checkpoint
@@ -18,6 +19,7 @@ from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
 from megatron_rlsc.policy.parallel import Parallel, destroy_parallel, init_parallel, is_rank_zero, world_size
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
+from megatron_rlsc.profile import open_profile
 from megatron_rlsc.recipe import dump_recipe
 from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge, open_judge
@@ -91,8 +93,10 @@ def run(config: Config, stop: Interruption) -> bool:
                     recovery=Recovery(config, guard, policy, sampler, tracker, saver, (tracker, held_out, shown)),
                     saver=saver,
                     tracker=tracker,
+                    ahead=open_ahead(config, sampler, parallel, tracker, abandoned=lambda: stop.at_once),
                     held_out=held_out,
                     shown=shown,
+                    profile=open_profile(config.train, policy, tracker, start=progress.step),
                 )
                 progress = train(config, parts, stop, progress=progress)
             done = progress.step == total

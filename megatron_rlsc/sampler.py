@@ -6,6 +6,7 @@ Rank 0 holds one of the two; the other ranks hold a `Follower`, which walks the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,7 @@ from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.rollout.fleet import Fleet, FleetError
 from megatron_rlsc.rollout.link import SyncError
 from megatron_rlsc.rollout.request import RolloutError, again_seed
+from megatron_rlsc.rollout.responses import require_lag
 from megatron_rlsc.rollout.weight_sync import NoSync, WeightSync
 from megatron_rlsc.run_folder.journal import Journal
 from megatron_rlsc.run_folder.names import ROLLOUTS, SIDECAR_LOGS
@@ -45,8 +47,8 @@ class Sampler(Protocol):
     def connect(self) -> None:
         """Returns when samples can be had; called when the policy is built, so that both start up at once."""
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """Gives the sampler the policy's weights, on every rank; returns their version."""
+    def push(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
+        """Gives the sampler the policy's weights, those after `step`, on every rank; returns their version."""
 
     def probe(self, version: str) -> list[Sample] | None:
         """A fixed prompt with the log-probabilities, at T=1, of every replica that has `version`, one sample each: what
@@ -55,7 +57,12 @@ class Sampler(Protocol):
     def sample(self, step: int, asked: int, version: str) -> list[Sample] | None:
         """A step's responses, ordered by (group, sample), to the prompts after the first `asked`; None where rank 0 has
         them. Those that are not in the journal yet are of `version`. Empty where no replica holds `version` any more:
-        push again."""
+        push again. Raises StaleSampleError where the journal's lag behind it by more than --rollout-lead."""
+
+    def begin(self, step: int, asked: int, version: str) -> BegunRollout | None:
+        """Asks for a step's responses, which go into the journal as they end, while the caller does something else:
+        `sample` has them then. None where there is nothing to ask for. Raises NoReplicaLeftError where no replica holds
+        `version`."""
 
     def draw_anew(self, times: int) -> None:
         """From here on other samples than before: the run has gone back so many times, and would walk into the same."""
@@ -71,13 +78,16 @@ class Follower:
     def connect(self) -> None:
         pass
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+    def push(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
         return NoSync().push(weights)
 
     def probe(self, version: str) -> list[Sample] | None:
         return None
 
     def sample(self, step: int, asked: int, version: str) -> list[Sample] | None:
+        return None
+
+    def begin(self, step: int, asked: int, version: str) -> BegunRollout | None:
         return None
 
     def draw_anew(self, times: int) -> None:
@@ -144,6 +154,7 @@ class VllmSampler:
         self._specs = specs
         self._fleet = fleet
         self._stop_token_ids = stop_token_ids
+        self._begun = 0
 
     def __enter__(self) -> VllmSampler:
         self._fleet.__enter__()
@@ -178,11 +189,11 @@ class VllmSampler:
     def connect(self) -> None:
         self._fleet.wait_until_ready()
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+    def push(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
         stream = iter(weights)
         try:
             self._fleet.wait_for_one()
-            return NoSync().push(stream) if self._abandoned() else self._sync.push(stream)
+            return NoSync().push(stream) if self._abandoned() else self._sync.push(stream, step=step)
         except (FleetError, SyncError):  # a SIGTERM may have reached the sidecars as well
             if not self._abandoned():
                 raise
@@ -208,10 +219,7 @@ class VllmSampler:
         ]
 
     def sample(self, step: int, asked: int, version: str) -> list[Sample] | None:
-        prompts = self._prompts.after(asked)
-        groups = self._journal.finished(step, prompts, self._config.samples_per_prompt)
-        if groups:
-            tqdm.write(f"rollout: step {step} has {len(groups)} of {len(prompts)} questions in the journal already")
+        prompts, groups = self._find(step, asked)
         try:
             if len(groups) < len(prompts):
                 for group in self._client.stream(prompts, step=step, version=version, without=groups.keys()):
@@ -223,8 +231,27 @@ class VllmSampler:
         except (FleetError, RolloutError):  # a SIGTERM may have reached the sidecars as well
             if not self._abandoned():
                 raise
-        whole = len(groups) == len(prompts)
-        return [sample for number in range(len(prompts)) for sample in groups[number]] if whole else []
+        if len(groups) < len(prompts):
+            return []
+        samples = [sample for number in range(len(prompts)) for sample in groups[number]]
+        if self._config.rollout_lead:
+            require_lag(samples, step=step, version=version, lead=self._config.rollout_lead)
+        return samples
+
+    def begin(self, step: int, asked: int, version: str) -> BegunRollout | None:
+        prompts, groups = self._find(step, asked)
+        if len(groups) == len(prompts):
+            return None
+        self._begun, keep = step, partial(self._journal.add, step)
+        return self._client.begin(prompts, step=step, version=version, without=groups.keys(), keep=keep)
+
+    def _find(self, step: int, asked: int) -> tuple[list[Prompt], dict[int, list[Sample]]]:
+        """A step's prompts, and what of their responses the journal has."""
+        prompts = self._prompts.after(asked)
+        groups = self._journal.finished(step, prompts, self._config.samples_per_prompt)
+        if groups and step != self._begun:
+            tqdm.write(f"rollout: step {step} has {len(groups)} of {len(prompts)} questions in the journal already")
+        return prompts, groups
 
     def answer(self, prompts: Sequence[Prompt], version: str, *, samples: int = 1, step: int = 0) -> BegunRollout:
         """Responses to prompts of no step, one greedy one each or `samples` as in training: begun, while the caller

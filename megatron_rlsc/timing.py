@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_rlsc import packing
 from megatron_rlsc.config import Config, RolloutConfig
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.memory import BYTES, GIB, count_parameters
@@ -189,6 +190,16 @@ def push_time(shape: ModelShape, gpu: Gpu, *, trainer_gpus: int, sidecar_gpus: i
     inside = LINK_SHARE * (gpu.nvlink if trainer_gpus <= NODE else gpu.network)
     outside = LINK_SHARE * (gpu.nvlink if trainer_gpus + sidecar_gpus <= NODE else gpu.network)
     return weights / inside + weights / outside
+
+
+def token_work(shape: ModelShape) -> packing.Work:
+    """What packs are balanced by: FLOPs of attention and of the output head over those of a token's layers, forward and
+    backward."""
+    layer = _layer_weights(shape)
+    return packing.Work(
+        attention=2 * shape.query_size / layer,
+        head=4 / 3 * shape.hidden_size * shape.padded_vocab_size / (shape.num_hidden_layers * layer),
+    )
 
 
 def _layer_weights(shape: ModelShape) -> int:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from megatron_rlsc.board import Board
 from megatron_rlsc.disk import write_whole
-from megatron_rlsc.types import Health, ResponseScores, Sample, StepStats
+from megatron_rlsc.ranges import span
+from megatron_rlsc.types import Health, Load, ResponseScores, Sample, StepStats
 
 
 class Timer:
-    """Seconds of the phases of a step."""
+    """Seconds of the phases of a step, each a range that a profiler sees."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -29,7 +30,8 @@ class Timer:
         """Adds the time spent inside to the phase."""
         start = time.perf_counter()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -134,12 +136,12 @@ def flatten(stats: StepStats) -> dict[str, float]:
         return {tag: float(value) for tag, value in named.items() if value is not None}
 
     phases = {f"time/{name}": seconds for name, seconds in stats.seconds.items()}
-    return {"step": stats.step} | tagged(stats.health) | tagged(stats) | phases
+    return {"step": stats.step} | tagged(stats.health) | tagged(stats.load) | tagged(stats) | phases
 
 
 def tags_of_a_step() -> list[str]:
     """Of all figures that a step can have."""
-    return [f.metadata["tag"] for record in (Health, StepStats) for f in dataclasses.fields(record) if f.metadata]
+    return [f.metadata["tag"] for record in (Health, Load, StepStats) for f in dataclasses.fields(record) if f.metadata]
 
 
 def require_figure(name: str) -> None:
@@ -152,13 +154,16 @@ def require_figure(name: str) -> None:
 def step_line(stats: StepStats, total: int) -> str:
     """A step in one line."""
     health = stats.health
+    mismatch = f"sampler off by {health.logprob_difference:.1e}"
+    if health.log_ratio is not None:
+        mismatch = f"log p / p_old {health.log_ratio:+.3f}"
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats.seconds.items())
     return (
         f"step {stats.step:>{len(str(total))}}/{total} | loss {health.loss:7.4f} | "
         f"confidence {health.confidence:.4f} | same {health.identical_share:.3f} | "
         f"entropy {health.token_entropy:.3f} | length {health.response_length:.1f} | "
         f"cut {health.truncated_share:.3f} | grad {stats.gradient_norm:7.3f} | "
-        f"sampler off by {health.logprob_difference:.1e} | {sum(stats.seconds.values()):.1f} s ({phases}) | "
+        f"{mismatch} | {sum(stats.seconds.values()):.1f} s ({phases}) | "
         f"{stats.tokens_per_second:.0f} tok/s"
     )
 

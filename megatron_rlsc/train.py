@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_rlsc.batching import pack
+from megatron_rlsc.ahead import NoAhead
 from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import hf_config_dir, step_dir
 from megatron_rlsc.conversion.hf import write_hf
@@ -19,6 +18,7 @@ from megatron_rlsc.learning import kl_to_base, learn, urgency
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.policy import Policy
 from megatron_rlsc.policy.saver import Saver
+from megatron_rlsc.profile import NoProfile
 from megatron_rlsc.recovery import Recovery
 from megatron_rlsc.rewards import NoJudge
 from megatron_rlsc.run_folder.journal import Journal, decode, encode
@@ -26,7 +26,7 @@ from megatron_rlsc.run_folder.names import EXPORTS, ROLLOUTS
 from megatron_rlsc.sampler import Sampler
 from megatron_rlsc.shown import NothingShown
 from megatron_rlsc.tracking import Timer, Tracker
-from megatron_rlsc.types import MicroBatch, Progress, Sample, StepStats
+from megatron_rlsc.types import Progress, Sample, StepStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +39,10 @@ class Parts:
     recovery: Recovery
     saver: Saver
     tracker: Tracker
+    ahead: NoAhead
     held_out: NoHeldOut
     shown: NothingShown
+    profile: NoProfile
 
 
 def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progress) -> Progress:
@@ -49,14 +51,7 @@ def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progres
     parallel, output = policy.parallel, config.train.output_dir
     journal, timer = Journal(output / ROLLOUTS), Timer()
     limit = config.rollout.difference_limit(bf16=config.model.bf16)
-    to_batch = partial(
-        pack,
-        share=parallel.data_share,
-        max_tokens=config.train.max_tokens_per_micro_batch,
-        device=parallel.device,
-        layout=config.model.sequence_layout,
-    )
-    sync = partial(synchronize, policy, sampler, ProbeLimit(limit), to_batch)
+    sync = partial(synchronize, policy, sampler, ProbeLimit(limit))
     progress, probed = sync(progress)  # a broken path to the sampler fails here
 
     while not urgency(stop, parallel):
@@ -66,6 +61,7 @@ def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progres
         if progress.step == config.train.train_iters:
             break
         step = progress.step + 1
+        parts.profile.start(step)
         with timer.phase("rollout"):
             while not (samples := share(sampler.sample(step, progress.prompts, progress.version), parallel)):
                 if urgency(stop, parallel) is Urgency.AT_ONCE:
@@ -74,22 +70,32 @@ def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progres
             if samples and parallel.rank == 0:
                 journal.write(step, samples)
 
-        with parts.held_out.meanwhile(progress, timer), timer.phase("train"), parts.shown.meanwhile(progress):
-            batch = to_batch(samples) if samples else []
-            learned = samples and learn(config, policy, samples, batch, parts.judge, stop, step)
-        if not learned:
+        with (
+            parts.ahead.meanwhile(progress, timer),
+            parts.held_out.meanwhile(progress, timer),
+            timer.phase("train"),
+            parts.shown.meanwhile(progress),
+        ):
+            batch = policy.pack(samples) if samples else None
+            learned = learn(config, policy, samples, batch.micro_batches, parts.judge, stop, step) if batch else None
+        if batch is None or learned is None:
             break  # SIGTERM; the journal keeps what was sampled, and the policy is what it was
-        kl = kl_to_base(policy, batch, learned.scores, stop, timer) if config.guard.measures_kl(step) else None
+        asks_base = config.guard.measures_kl(step)
+        kl = kl_to_base(policy, batch.micro_batches, learned.old_logprobs, stop, timer) if asks_base else None
         progress = replace(progress, step=step, prompts=progress.prompts + config.data.prompts_per_step)
 
         with timer.phase("sync"):
             progress, probed = sync(progress)
 
         seconds = timer.lap()
-        health = measure_health(samples, learned.scores, learned.weights, config.objective, learned.rewards)
+        parts.profile.stop()
+        health = measure_health(
+            samples, learned.scores, learned.weights, config.objective, learned.rewards, learned.sampled
+        )
         stats = StepStats(
             step=step,
             health=health,
+            load=batch.load,
             gradient_norm=learned.gradient_norm,
             learning_rate=learned.learning_rate,
             weight_shift=learned.shift,
@@ -111,6 +117,7 @@ def train(config: Config, parts: Parts, stop: Interruption, *, progress: Progres
             export(policy, step_dir(output / EXPORTS, step), hf_config_dir(config.model.load))
             stop.settle(EXPORT_NOW)
 
+    parts.profile.drop()  # of a step that was cut short
     if progress.step > saver.saved:
         saver.save(progress)
     if progress.step == config.train.train_iters:
@@ -131,7 +138,6 @@ def synchronize(
     policy: Policy,
     sampler: Sampler,
     limit: ProbeLimit,
-    to_batch: Callable[[list[Sample]], list[MicroBatch]],
     progress: Progress,
 ) -> tuple[Progress, float]:
     """The policy's weights into every replica, and the proof that they are live there.
@@ -139,13 +145,13 @@ def synchronize(
     Returns `progress` with their version, and the largest difference of a replica's log-probabilities of a fixed prompt
     from ours; 0 where nothing was asked.
     """
-    pushed = sampler.push(policy.iter_hf_weights())
+    pushed = sampler.push(policy.iter_hf_weights(), progress.step)
     version = policy.parallel.broadcast_bytes(pushed.encode()).decode()
     progress = replace(progress, version=version, pushes=progress.pushes + 1)
     probes = share(sampler.probe(version), policy.parallel)
     if not probes:
         return progress, 0.0
-    scores = policy.score(to_batch(probes), len(probes), temperature=1.0)
+    scores = policy.score(policy.pack(probes).micro_batches, len(probes), temperature=1.0)
     return progress, limit.require(scores.rollout_difference.tolist(), version=version)
 
 

@@ -44,7 +44,13 @@ class Sample:
     seed: int
     """The seed of the request that made it."""
     version: str
-    """The policy version that made it, from first token to last."""
+    """Of the weights that made it, from first token to last: `<run id>:<push>:<step>`."""
+
+    @property
+    def made_after(self) -> int | None:
+        """The step after which those weights were pushed; None of a version that does not say."""
+        parts = self.version.split(":")
+        return int(parts[2]) if len(parts) == 3 and parts[2].isdigit() else None
 
     @property
     def length(self) -> int:
@@ -89,6 +95,31 @@ class DataShare:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharedPrompts:
+    """How documents read a prompt that stands in the pack once, in front of the first of its responses.
+
+    Prompt `ab` with two responses, `xy` and `z`; z too is predicted where the prompt ends:
+
+        tokens         a b x y z
+        cu_seqlens     0       4 5
+        positions        1 2 1
+        targets          x y z
+        position_ids   0 1 2 3 2
+        kv_index       0 1 2 3 0 1 4
+        cu_seqlens_kv  0       4     7
+    """
+
+    position_ids: Tensor
+    """[t] int64, each token's place in its own sequence: a response's go on where its prompt ends."""
+    kv_index: Tensor
+    """[k] int64, into `tokens`: the documents' keys end to end, the prompts of siblings before their own tokens."""
+    cu_seqlens_kv: Tensor
+    """[d + 1] int32, where each document's keys begin among the k."""
+    max_seqlen_q: int
+    """Tokens of the longest document, without a prompt that stands elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Whole samples laid end to end (`thd`): one forward pass. d documents, t tokens, n response tokens.
 
@@ -111,17 +142,21 @@ class MicroBatch:
     cu_seqlens: Tensor
     """[d + 1] int32, where each document begins in the whole pack, all CP ranks' parts together, and its length."""
     max_seqlen: int
-    """Tokens of the longest document, padding included."""
+    """Tokens of the longest document, its prompt and padding included."""
     positions: Tensor
     """[n] int64, into `tokens`: where each response token is predicted."""
     targets: Tensor
     """[n] int64, the response tokens."""
     segments: Tensor
     """[n] int64, the document that each response token belongs to."""
+    responses: tuple[int, ...]
+    """[d] tokens of each response, all CP ranks' parts together."""
     rollout_logprobs: Tensor
     """[n] float32, the sampler's."""
     sample_ids: Tensor
     """[d] int64, each document's row in the global batch; -1 for a filler, which counts for nothing."""
+    shared: SharedPrompts | None = None
+    """Where documents have their prompt from siblings; None where each has its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,10 +199,12 @@ def _rare(tag: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """What can be said of a step without a label. B responses; p is p_old(y|x), a whole response's probability."""
+    """What can be said of a step without a label. B responses; p is p_old(y|x), a whole response's probability: the
+    policy's, and with --rollout-lead, where that has moved on, the sampler's."""
 
     loss: float = _tag("loss")
-    """Mean over responses of -w log p, w their weights: for RLSC p + alpha, after the shift of batch-max."""
+    """Mean over responses of -w log p_theta, theta being the policy that learns, w their weights: for RLSC p + alpha,
+    after the shift of batch-max."""
     confidence: float = _tag("confidence/mean")
     """Mean p: the estimate of F = E_{y~p}[p(y|x)], which RLSC raises."""
     log_confidence: float = _tag("confidence/log_mean")
@@ -185,7 +222,7 @@ class Health:
     weightless: bool = _tag("weights/weightless")
     """Every weight is 0 in float32: the step learns nothing."""
     token_entropy: float = _tag("policy/token_entropy")
-    """Mean over response tokens, at the sampling temperature; nats."""
+    """Mean over response tokens, at the sampling temperature, of the policy that learns; nats."""
     response_length: float = _tag("rollout/response_length")
     """Mean tokens."""
     truncated_share: float = _tag("rollout/truncated_share")
@@ -198,9 +235,35 @@ class Health:
     """Different answers / prompts, a prompt's answer being how most of its responses end (16 tokens): what RLSC leaves
     alone, and what falls when the policy says one thing whatever it is asked."""
     logprob_difference: float = _tag("rollout/logprob_difference")
-    """Largest |log p of the sampler - log p of the trainer| of a token."""
+    """Largest |log p of the sampler - log p of the trainer| of a token. With --rollout-lead the trainer is an update
+    ahead of the weights that sampled."""
+    log_ratio: float | None = _tag("rollout/log_ratio")
+    """With --rollout-lead: mean over responses of log p_theta - log p, theta being the policy that learns: minus the KL
+    of theta from the weights that sampled, nats a response. None without."""
     reward: float | None = _tag("reward/mean")
     """Mean over responses; None where the method takes none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """How much of what the ranks compute is a step's own tokens, and how evenly replicas share it."""
+
+    padding_share: float = _tag("packing/padding_share")
+    """Of all tokens that are computed, those of no sample: behind documents, and fillers."""
+    imbalance: float = _tag("packing/imbalance")
+    """The heaviest replica's work over the mean of all, less 1; by attention, layers and output head."""
+    reused_share: float = _tag("packing/reused_share")
+    """Of the samples' tokens, those of prompts that a sibling in the same pack has computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A step's responses, as a rank computes them."""
+
+    micro_batches: list[MicroBatch]
+    """As many on every rank."""
+    load: Load
+    """Of all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +276,8 @@ class StepStats:
     gradient_norm: float = _tag("optimizer/gradient_norm")
     """Of the step's last update, before clipping."""
     learning_rate: float = _tag("optimizer/learning_rate")
+    load: Load
+    """Of the step's packs."""
     weight_shift: float = _tag("weights/shift")
     """Of batch-max: the largest log(p + alpha); 0 without."""
     pushes: int = _tag("sync/pushes")

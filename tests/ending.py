@@ -3,7 +3,7 @@
     RLSC_END="RANK SIGNAL FILE FUNCTION EVENT COUNT"    0 SIGKILL journal.py write return 2
 
 is: on rank 0, when `write` of a file that ends in journal.py returns for the second time. RANK `*` is every rank. The
-program is not changed: Python's profiler hook sees every call.
+program is not changed: Python's profiler hook sees every call, in every thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -32,4 +33,5 @@ def look(frame: FrameType, what: str, _: Any) -> None:
 
 if rank in ("*", os.environ.get("RANK", "0")):
     sys.setprofile(look)
+    threading.setprofile(look)
 runpy.run_module("megatron_rlsc", run_name="__main__", alter_sys=True)

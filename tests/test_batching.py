@@ -1,6 +1,6 @@
-"""Packs: which sample goes where, and how it is laid out there.
+"""Micro-batches: how samples are laid out in a pack. Which pack they go into is test_packing.py's.
 
-Not covered: that a model reads the layout as it is meant (tests/policy), and how far from the best balance packs are.
+Not covered: that a model reads the layout as it is meant (tests/policy).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_rlsc.batching import FILLER, build_micro_batch, pack, plan_packs
-from megatron_rlsc.types import DataShare, MicroBatch, Sample
+from megatron_rlsc.batching import FILLER, build_micro_batch, pack
+from megatron_rlsc.types import DataShare, MicroBatch, Sample, SharedPrompts
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 40
@@ -58,6 +58,49 @@ def test_the_example_of_micro_batch_s_docstring() -> None:
     assert "        segments       0 0   1" in drawing
 
 
+def test_the_example_of_shared_prompts_docstring() -> None:
+    """`z` as a sibling of `xy`: predicted where `ab` ends, and attending to `ab` and itself."""
+    samples = [sample_of("ab", "xy", (-0.5, -0.25)), sample_of("ab", "z", (-2.0,))]
+    batch = build_micro_batch(samples, [4, 9], share=DataShare(), device=CPU, share_prompts=True)
+    assert batch.shared is not None
+    assert letters(batch.tokens) == "abxyz"
+    assert batch.cu_seqlens.tolist() == [0, 4, 5]
+    assert batch.positions.tolist() == [1, 2, 1]
+    assert letters(batch.targets) == "xyz"
+    assert batch.segments.tolist() == [0, 0, 1]
+    assert batch.shared.position_ids.tolist() == [0, 1, 2, 3, 2]
+    assert batch.shared.kv_index.tolist() == [0, 1, 2, 3, 0, 1, 4]
+    assert batch.shared.cu_seqlens_kv.tolist() == [0, 4, 7]
+    assert (batch.shared.max_seqlen_q, batch.max_seqlen) == (4, 4)
+    assert batch.rollout_logprobs.tolist() == [-0.5, -0.25, -2.0]
+    assert batch.sample_ids.tolist() == [4, 9]
+    drawing = (SharedPrompts.__doc__ or "").splitlines()
+    assert "        tokens         a b x y z" in drawing
+    assert "        cu_seqlens     0       4 5" in drawing
+    assert "        positions        1 2 1" in drawing
+    assert "        targets          x y z" in drawing
+    assert "        position_ids   0 1 2 3 2" in drawing
+    assert "        kv_index       0 1 2 3 0 1 4" in drawing
+    assert "        cu_seqlens_kv  0       4     7" in drawing
+
+
+def test_a_prompt_that_no_sibling_has_is_not_shared() -> None:
+    samples = [sample_of("ab", "xy"), sample_of("c", "z")]
+    assert build_micro_batch(samples, [4, 9], share=DataShare(), device=CPU, share_prompts=True).shared is None
+
+
+def test_siblings_need_not_lie_side_by_side() -> None:
+    """`ab` is read across `c`; the padding of the pack's end goes on behind the last document."""
+    samples = [sample_of("ab", "xy"), sample_of("c", "w"), sample_of("ab", "z")]
+    batch = build_micro_batch(samples, [0, 1, 2], share=DataShare(sp_size=4), device=CPU, share_prompts=True)
+    assert batch.shared is not None
+    assert letters(batch.tokens) == "abxycwz\0"
+    assert batch.positions.tolist() == [1, 2, 4, 1]
+    assert batch.shared.kv_index.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 6, 7]
+    assert batch.shared.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert (batch.shared.max_seqlen_q, batch.max_seqlen) == (4, 4)
+
+
 def test_dtypes() -> None:
     batch = build_micro_batch([sample_of("a", "b")], [0], share=DataShare(), device=CPU)
     ids = (batch.tokens, batch.positions, batch.targets, batch.segments, batch.sample_ids)
@@ -66,53 +109,14 @@ def test_dtypes() -> None:
     assert batch.rollout_logprobs.dtype == torch.float32
 
 
-def test_longest_first_into_the_emptiest() -> None:
-    """5 4 3 3 2 1 = 18 tokens into packs of 10: two. 5 | 4, then 3 to the second (4+3=7), 3 to the first (5+3=8), 2 to
-    the second (9), 1 to the first (9)."""
-    assert plan_packs([3, 5, 1, 4, 3, 2], dp_size=1, max_tokens=10) == [[[1, 4, 2], [3, 0, 5]]]
-
-
-def test_one_pack_more_where_the_least_number_does_not_work_out() -> None:
-    """4 4 4 of 12 tokens, packs of 6: two would hold them by their sum, but not two of them in one: three."""
-    assert plan_packs([4, 4, 4], dp_size=1, max_tokens=6) == [[[0], [1], [2]]]
-
-
-def test_packs_are_dealt_back_and_forth_by_weight() -> None:
-    """Packs of 8, 7, 6, 5 on two replicas: 8 + 5 and 7 + 6, which is 13 each."""
-    assert plan_packs([8, 7, 6, 5], dp_size=2, max_tokens=8) == [[[0], [3]], [[1], [2]]]
-
-
-def test_padded_samples_lie_with_their_like() -> None:
-    """9 8 3 2 2 of 12 tokens each at most: 9; 8; 3 x 3 (a fourth would make 12, and there is none). Three packs on two
-    replicas, and an empty one."""
-    plan = plan_packs([2, 9, 3, 8, 2], dp_size=2, max_tokens=12, layout="padded")
-    assert plan == [[[1], []], [[3], [2, 0, 4]]]
-
-
-@given(lengths=st.lists(st.integers(2, 36), min_size=1, max_size=60), dp_size=st.integers(1, 4))
-def test_every_sample_once_within_the_padded_capacity(lengths: list[int], dp_size: int) -> None:
-    plan = plan_packs(lengths, dp_size=dp_size, max_tokens=MAX_TOKENS, multiple=2, layout="padded")
-    assert len({len(packs) for packs in plan}) == 1 and len(plan[0]) % 2 == 0
-    packs = [pack for replica in plan for pack in replica]
-    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
-    assert all(len(pack) * max(lengths[i] for i in pack) <= MAX_TOKENS for pack in packs if pack)
-
-
-def test_fewer_samples_than_replicas_leave_packs_empty() -> None:
-    assert plan_packs([3, 5], dp_size=4, max_tokens=8) == [[[1]], [[0]], [[]], [[]]]
-
-
 def test_an_empty_pack_holds_the_shortest_sample_as_filler() -> None:
     samples = [sample_of("abc", "xyz"), sample_of("a", "z")]
-    real, filler = (pack(samples, DataShare(dp_rank=rank, dp_size=4), max_tokens=8, device=CPU) for rank in (1, 2))
+    real, filler = (
+        pack(samples, DataShare(dp_rank=rank, dp_size=4), max_tokens=8, device=CPU).micro_batches for rank in (1, 2)
+    )
     assert [batch.sample_ids.tolist() for batch in real] == [[1]]
     assert [batch.sample_ids.tolist() for batch in filler] == [[FILLER]]
     assert letters(filler[0].tokens) == "az"
-
-
-def test_a_sample_longer_than_a_micro_batch_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"9 tokens does not fit a micro-batch of 8: raise --max-tokens-per-micro-ba"):
-        plan_packs([3, 9, 4], dp_size=2, max_tokens=8)
 
 
 def test_two_context_parallel_ranks_share_each_document() -> None:
@@ -163,7 +167,7 @@ def test_every_sample_once_within_the_capacity_as_many_packs_a_rank(lengths: lis
     samples = [sample_of("p" * (1 + i % (n - 1)), "r" * (n - 1 - i % (n - 1))) for i, n in enumerate(lengths)]
     assert [sample.length for sample in samples] == lengths
     ranks = {
-        (dp, cp): pack(samples, replace(grid, dp_rank=dp, cp_rank=cp), max_tokens=MAX_TOKENS, device=CPU)
+        (dp, cp): pack(samples, replace(grid, dp_rank=dp, cp_rank=cp), max_tokens=MAX_TOKENS, device=CPU).micro_batches
         for dp in range(grid.dp_size)
         for cp in range(grid.cp_size)
     }
@@ -214,14 +218,6 @@ def check_pack(parts: list[MicroBatch], samples: list[Sample], grid: DataShare) 
 def test_one_token_more_than_the_layout_can_pad_is_refused() -> None:
     """39 tokens are padded to 40 at CP 2; a budget of 40 holds them, one of 39 has room for 36."""
     samples = [sample_of("a" * 38, "b")]
-    assert len(pack(samples, DataShare(cp_size=2), max_tokens=40, device=CPU)) == 1
+    assert len(pack(samples, DataShare(cp_size=2), max_tokens=40, device=CPU).micro_batches) == 1
     with pytest.raises(ValueError, match="40 tokens does not fit a micro-batch of 36"):
         pack(samples, DataShare(cp_size=2), max_tokens=39, device=CPU)
-
-
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), dp_size=st.integers(1, 4))
-def test_replicas_differ_by_one_pack_at_most(lengths: list[int], dp_size: int) -> None:
-    """Dealt back and forth, a replica's sum is off another's by at most one pack."""
-    plan = plan_packs(lengths, dp_size=dp_size, max_tokens=20)
-    sums = [sum(lengths[i] for ids in replica for i in ids) for replica in plan]
-    assert max(sums) - min(sums) <= 20

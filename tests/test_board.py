@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from megatron_rlsc.board import FINAL, LAYOUT, Board, compared_settings
 from megatron_rlsc.config import Config
-from megatron_rlsc.types import Health, ResponseScores, Sample, StepStats
+from megatron_rlsc.types import Health, Load, ResponseScores, Sample, StepStats
 
 SETTINGS = compared_settings(Config())
 
@@ -103,7 +103,7 @@ def test_the_page_of_charts(tmp_path: Path) -> None:
 
 def test_every_chart_has_a_figure() -> None:
     """TensorBoard matches a pattern from the name's beginning on. Of held_out, tests/test_train.py has the names."""
-    records = [field for record in (Health, StepStats) for field in dataclasses.fields(record)]
+    records = [field for record in (Health, Load, StepStats) for field in dataclasses.fields(record)]
     tags = ["time/rollout", *(field.metadata["tag"] for field in records if field.metadata)]
     for kind, patterns in (chart for section in LAYOUT.values() for chart in section.values()):
         for pattern in patterns:

@@ -91,6 +91,8 @@ def test_a_flag_overrides_the_recipe_wherever_it_stands(recipe):
         ('[objective]\nweight_scale = "mean"', r"objective\.weight_scale"),
         ("[objective", r"recipe\.toml is not TOML"),
         ("[rollout]\ntop_p = 0.9", r"top_p=0\.9 is refused"),
+        ("[rollout]\nrollout_lead = 2", "rollout_lead must be 0 or 1, not 2"),
+        ("[rollout]\nrollout_lead = -1", "rollout_lead must be 0 or 1, not -1"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(recipe, text, message):
@@ -183,6 +185,17 @@ def test_an_unknown_flag_ends_the_program(capsys):
         (ModelConfig, {"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by"),
         (TrainConfig, {"train_iters": 0}, "train_iters must be at least 1, not 0"),
         (TrainConfig, {"save_interval": -1}, "save_interval"),
+        (
+            TrainConfig,
+            {"profile": True, "train_iters": 1},
+            "step-start 2 to .*-end 2 are no steps of 1 to .* 1: give",
+        ),
+        (
+            TrainConfig,
+            {"profile": True, "profile_step_start": 5},
+            "step-start 5 to .*-end 2 are no steps of 1 to .* 20",
+        ),
+        (TrainConfig, {"profile": True, "profile_step_start": 0}, "--profile-step-start 0 to"),
         (TrainConfig, {"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
         (TrainConfig, {"allow_changed": ("alpha",)}, "--allow-changed says what --resume may change: give both"),
         (

@@ -20,10 +20,12 @@ FLOORS = {
     "disk": 0,
     "interrupt": 0,
     "lock": 0,
+    "ranges": 0,
     "recipe": 0,
     "types": 0,
     "batching": 1,
     "board": 1,
+    "breakdown": 1,
     "conversion": 1,
     "data": 1,
     "evaluation": 1,
@@ -32,6 +34,7 @@ FLOORS = {
     "hub": 1,
     "memory": 1,
     "objective": 1,
+    "packing": 1,
     "planning": 1,
     "proposals": 1,
     "rewards": 1,
@@ -42,9 +45,11 @@ FLOORS = {
     "tracking": 1,
     "policy": 2,
     "rollout": 2,
+    "ahead": 3,
     "held_out": 3,
     "learning": 3,
     "preflight": 3,
+    "profile": 3,
     "recovery": 3,
     "responder": 3,
     "sampler": 3,
@@ -57,6 +62,7 @@ FLOORS = {
 """Files and packages of megatron_rlsc; one imports lower floors, or its own package."""
 
 NEIGHBOURS = {
+    ("ahead", "sampler"),
     ("recipe", "config"),  # what it reads
     ("recovery", "sampler"),
     ("train", "recovery"),
@@ -67,6 +73,8 @@ NEIGHBOURS = {
     ("proposals", "planning"),
     ("proposals", "timing"),
     ("timing", "conversion"),
+    ("timing", "packing"),  # what packs are balanced by
+    ("batching", "packing"),  # the packs that it lays out
     ("timing", "memory"),
     ("planning", "conversion"),  # a layout is checked against the shape of a model, read where its config.json is
     ("run_folder", "conversion"),  # checkpoints there are of Megatron's format, and all are of one model
@@ -85,13 +93,17 @@ NEIGHBOURS = {
     ("rewards", "tokenizer"),
     ("sampler", "held_out"),  # the sidecar must take its prompts as well
     ("sampler", "servers"),
+    ("run", "ahead"),
     ("run", "held_out"),
+    ("run", "profile"),
     ("run", "recovery"),
     ("run", "sampler"),
     ("run", "shown"),
     ("run", "train"),
+    ("train", "ahead"),
     ("train", "held_out"),
     ("train", "learning"),
+    ("train", "profile"),
     ("shown", "held_out"),  # the sampler is asked as it is there
     ("tracking", "board"),
     ("train", "sampler"),

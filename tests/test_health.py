@@ -66,6 +66,23 @@ def test_by_hand():
     assert health.distinct_answers == 1.0  # 5 9, and 6 9 or 7 8
 
 
+def test_p_old_of_weights_that_the_policy_has_left_behind():
+    """Confidence is what the sampler says; the loss is of the policy that learns, which makes the responses e^0.5 and
+    e^-0.1 times as probable: the mean of 0.5 and -0.1."""
+    samples = [sample(0, 5, 9), sample(0, 6, 9)]
+    sampled = torch.tensor([math.log(0.5), math.log(0.0001)], dtype=torch.float64)
+    weights = sampled.exp() + 0.1
+    now = scores(math.log(0.5) + 0.5, math.log(0.0001) - 0.1)
+    health = measure_health(samples, now, weights, ObjectiveConfig(alpha=0.1), sampled=sampled)
+    assert health.log_ratio == pytest.approx(0.2)
+    assert health.confidence == pytest.approx(0.5001 / 2)
+    assert health.log_confidence == pytest.approx(math.log(0.5001 / 2))
+    assert health.token_probability == pytest.approx((0.5 * 0.0001) ** (1 / 4))
+    assert health.negligible_share == 0.5
+    assert health.loss == pytest.approx(-(0.6 * (math.log(0.5) + 0.5) + 0.1001 * (math.log(0.0001) - 0.1)) / 2)
+    assert measure_health(samples, now, weights, ObjectiveConfig()).log_ratio is None
+
+
 def test_identical_share_counts_ordered_pairs_within_groups():
     """a a a b: 6 of 12; c: no pair; a alone in another group is no sibling of the others."""
     group = [sample(0, 1), sample(0, 1), sample(0, 1), sample(0, 2), sample(1, 1)]

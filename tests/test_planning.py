@@ -207,11 +207,12 @@ def test_what_a_transformer_engine_layer_keeps_of_7b() -> None:
 
 
 def test_the_head_of_7b() -> None:
-    """A quarter of the vocabulary is 38016 rows. Of 1024 tokens: logits in float32 and bfloat16, 6 bytes, and 4 + 2 of
-    each weight's gradient; of 4096: the last norm's input, a quarter, and response rows with their gradient, whole."""
+    """A quarter of the vocabulary is 38016 rows. Of 1024 tokens: logits in float32 and bfloat16, 6 bytes; of 16384 rows
+    the weight's gradient in bfloat16. Of 4096 tokens: the last norm's input and output, a quarter each; gathered, those
+    of them that are responses, and the gradient of these, whole."""
     (stage,) = te_stages(QWEN25_7B, configured(tensor_model_parallel_size=4, sequence_parallel=True))
     rows = 4096 * 3584 * 2
-    assert stage.logprobs == rows // 4 + 2 * rows + 6 * 1024 * 38016 + 6 * 38016 * 3584
+    assert stage.logprobs == 2 * (rows // 4) + 3 * rows + 6 * 1024 * 38016 + 2 * 16384 * 3584
 
 
 def test_a_distributed_optimizer_shares_its_state_out_and_gathers_it_for_a_save() -> None:

@@ -76,6 +76,15 @@ def test_it_is_worth_asking(qwen: Path) -> None:
     assert best.config.rollout.sidecar_tensor_parallel_size > 1
 
 
+def test_a_step_that_generates_while_it_trains(qwen: Path) -> None:
+    """Takes the longer of the two, and another split of the GPUs may be the quickest."""
+    shape, ahead = read_shape(qwen), replace(CONFIG, rollout=replace(CONFIG.rollout, rollout_lead=1))
+    in_turn, best = (propose(shape, config, A100, gpus=8, work=WORK)[0] for config in (CONFIG, ahead))
+    assert best.seconds == max(best.train.total, best.generate) + best.push
+    assert in_turn.seconds == in_turn.train.total + in_turn.generate + in_turn.push
+    assert best.seconds < in_turn.seconds
+
+
 @pytest.mark.parametrize("gpus", [1, 12])
 def test_gpus_that_are_no_nodes(gpus: int, qwen: Path) -> None:
     with pytest.raises(ValueError, match=f"{gpus} GPUs are neither 2 to 8 of one node nor whole nodes of 8"):

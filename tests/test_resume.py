@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_rlsc.batching import plan_packs
+from megatron_rlsc.batching import pack
 from megatron_rlsc.conversion.folders import step_dir, trained_steps
 from megatron_rlsc.run_folder.journal import Journal
+from megatron_rlsc.types import DataShare
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = ROOT / "tests" / "golden" / "journal"
@@ -175,8 +176,9 @@ def test_a_signal_in_the_middle_of_a_step(
 def micro_batches(step: int) -> int:
     """Of a step of this journal at TP 2; _loss is called for each of them once."""
     budget = int(next(flag for flag in FLAGS if "max-tokens" in flag).partition("=")[2])
-    lengths = [sample.length for sample in Journal(JOURNAL).read(step)]
-    return len(plan_packs(lengths, dp_size=1, max_tokens=budget)[0])
+    samples = Journal(JOURNAL).read(step)
+    batch = pack(samples, DataShare(), max_tokens=budget, device=torch.device("cpu"), share_prompts=True)
+    return len(batch.micro_batches)
 
 
 def test_a_stop_file_ends_after_the_step(uninterrupted: Callable[[int], Run], tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_what_was_sampled_of_a_step_is_not_sampled_again(
     flags += ("--sidecar-max-num-seqs=1", "--train-iters=2", "--max-tokens-per-micro-batch=2048")
     process, journal = run.start(*flags, ranks=2), Journal(run.folder / "rollouts")
     begun = journal.begun_path(2)
-    while not begun.exists():
+    while not begun.exists() or b"\n" not in begun.read_bytes():  # a whole group
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     for rank in ranks_of(process.pid):

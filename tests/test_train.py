@@ -272,10 +272,10 @@ class ForgetfulSampler:
     def __init__(self, sampler: Sampler) -> None:
         self.sampler, self.pushes, self.version = sampler, 0, ""
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+    def push(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
         self.pushes += 1
         if self.pushes != 2:
-            self.version = self.sampler.push(weights)
+            self.version = self.sampler.push(weights, step)
         return self.version
 
     def probe(self, version: str) -> list[Sample] | None:

@@ -33,11 +33,12 @@ def engines(trainer: int) -> list[int]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("replicas", "victims"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("replicas", "victims", "lead"), [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1, 1, 1), (2, 1, 1)])
 def test_a_run_outlives_its_sidecars(
-    base_model: Path, sidecar_python: Path, tmp_path: Path, replicas: int, victims: int
+    base_model: Path, sidecar_python: Path, tmp_path: Path, replicas: int, victims: int, lead: int
 ) -> None:
-    """The engines of all replicas, or of one of two, are killed in the second step."""
+    """The engines of all replicas, or of one of two, are killed in the second step; with a lead, the third is generated
+    then, and what is missing of it is of the weights after the second."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"problem": f"{a}+{1000 - a}"}) + "\n" for a in range(101, 165)))
     folder = tmp_path / "run"
@@ -54,6 +55,7 @@ def test_a_run_outlives_its_sidecars(
         "max-response-length": 56,
         "sidecar-replicas": replicas,
         "sidecar-max-num-seqs": 16,
+        "rollout-lead": lead,
     }
     command = [sys.executable, "-m", "megatron_rlsc", *(f"--{name}={value}" for name, value in flags.items())]
     command.append("--no-apply-chat-template")
@@ -73,9 +75,13 @@ def test_a_run_outlives_its_sidecars(
     assert said.count("is lost, it is started again") == victims
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(row["rollout/logprob_difference"] < 1e-3 for row in rows)
+    assert all(row["sync/probe_difference" if lead else "rollout/logprob_difference"] < 1e-3 for row in rows)
     for step in range(1, STEPS + 1):
         samples = Journal(folder / "rollouts").read(step)
         assert [(s.group, s.sample) for s in samples] == [(g, i) for g in range(32) for i in range(16)]
         # What had been sampled when the last replica was lost stays, and the rest is of a push of the same weights.
-        assert len({sample.version for sample in samples}) <= (2 if step == 2 and victims == replicas else 1)
+        assert len({sample.version for sample in samples}) <= (2 if step == 2 + lead and victims == replicas else 1)
+        behind = {step - 1 - (sample.made_after or 0) for sample in samples}
+        if step != 2 + lead:
+            assert behind == {min(step - 1, lead)}
+        assert behind <= {0, lead}

@@ -38,7 +38,7 @@ def main() -> None:
             "rlsc": model_summary(args.rlsc),
             "steps": steps[-1]["step"],
             "pushes": int(steps[-1]["sync/pushes"]),
-            "worst_logprob_difference": max(step["rollout/logprob_difference"] for step in steps),
+            "worst_logprob_difference": max(map(logprob_difference, steps)),
         }
     except ValueError as error:
         sys.exit(f"summarize_run: error: {error}")
@@ -48,6 +48,12 @@ def main() -> None:
         f"{summary['steps']} steps without a label; {summary['pushes']} pushes into the sampler, whose "
         f"log-probabilities were never off by more than {summary['worst_logprob_difference']:.1e}\n{args.output}"
     )
+
+
+def logprob_difference(step: dict[str, float]) -> float:
+    """Of a step's sampler from its trainer, of the same weights: under --rollout-lead the probe's, since the responses
+    are of weights that the trainer has left behind."""
+    return step["sync/probe_difference" if "rollout/log_ratio" in step else "rollout/logprob_difference"]
 
 
 def model_summary(folder: Path) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class Config:
             f"sequence_layout padded does not go with context parallelism (context_parallel_size {cp}): give up either",
         )
         require(
+            self.model.share_prompts != "on" or cp == 1,
+            f"share_prompts on does not go with context parallelism, which cuts every document by itself "
+            f"(context_parallel_size {cp}): give up either",
+        )
+        require(
             not self.optimizer.use_precision_aware_optimizer
             or (self.model.bf16 and self.parallel.use_distributed_optimizer),
             "use_precision_aware_optimizer needs bf16 and use_distributed_optimizer: its shards are what changes dtype",

@@ -21,6 +21,9 @@ class ModelConfig:
     sequence_layout: Literal["packed", "padded"] = "packed"
     """A micro-batch's documents lie end to end, or are padded to the longest of them, for a GPU whose attention kernels
     take no others (an A100 without flash-attn). Padding counts in max_tokens_per_micro_batch."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Compute a prompt once for all of its responses in a micro-batch, exactly. auto: packed documents on plain torch's
+    layers, without context parallelism; on: with Transformer Engine's as well, whose kernels for it no GPU has run."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times TP; padding rows never take probability."""
     logprob_chunk_tokens: int = 1024
@@ -29,6 +32,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.make_vocab_size_divisible_by > 0, "make_vocab_size_divisible_by must be positive")
         require(self.logprob_chunk_tokens > 0, "logprob_chunk_tokens must be positive")
+        require(
+            self.share_prompts != "on" or self.sequence_layout == "packed",
+            "share_prompts on is for documents that lie end to end (sequence_layout packed): give up either",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

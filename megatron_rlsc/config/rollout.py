@@ -89,6 +89,9 @@ class RolloutConfig:
     max_logprob_difference: float | None = None
     """The largest |sampler - trainer| log-probability of a token, above which the run stops: the sampler then does not
     hold the policy's weights. Default 1e-3 in float32; 1.0 in bfloat16, where it catches gross errors alone."""
+    rollout_lead: int = 0
+    """1 has the next step's responses generated while a step trains, by weights that are one step older than the policy
+    that learns from them; p_old is then what the sampler says of them. 0 has them generated after the step's push."""
     replay_rollouts: Path | None = None
     """Train from this journal (a run's rollouts/ folder) without a sidecar."""
 
@@ -136,6 +139,11 @@ class RolloutConfig:
             0 <= self.sidecar_port <= 65536 - replicas, f"no {replicas} ports from sidecar_port {self.sidecar_port} on"
         )
         require(self.sidecar_restarts >= 0, f"sidecar_restarts must not be negative, it is {self.sidecar_restarts}")
+        require(
+            self.rollout_lead in (0, 1),
+            f"rollout_lead must be 0 or 1, not {self.rollout_lead}: responses are generated while one step trains, not "
+            f"several",
+        )
         for name in ("sidecar_timeout", "stall_timeout", "sync_timeout", "rollout_timeout"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 

@@ -10,7 +10,7 @@ from megatron_rlsc.config.check import require
 KEPT_BY_RESUME = {
     "model": ("load",),
     "data": ("data_path", "prompt_template", "apply_chat_template", "prompts_per_step"),
-    "rollout": ("samples_per_prompt", "temperature", "max_response_length", "replay_rollouts"),
+    "rollout": ("samples_per_prompt", "temperature", "max_response_length", "rollout_lead", "replay_rollouts"),
     "objective": ("objective", "alpha", "power", "weight_scale"),
     "train": ("seed",),
 }
@@ -53,6 +53,13 @@ class TrainConfig:
     show_prompts: int = 3
     """The first so many questions of data_path are answered greedily by every step's weights, while the next step
     trains, for people to read: TensorBoard's texts, and shown.jsonl. 0 shows none."""
+    profile: bool = False
+    """Record profile_step_start to profile_step_end by torch's profiler, on every rank: output_dir/profile has their
+    traces, and a table of where the time went."""
+    profile_step_start: int = 2
+    """With profile: the first step to be recorded. Step 1 is warming up."""
+    profile_step_end: int = 2
+    """With profile: the last step to be recorded."""
     grace_seconds: float = 120.0
     """From SIGTERM until a rank ends, whether or not the last update has been saved by then."""
     resume: bool = False
@@ -75,6 +82,12 @@ class TrainConfig:
             "eval_interval says how often eval_data_path is asked: give both",
         )
         require(self.eval_samples > 0, f"eval_samples must be at least 1, not {self.eval_samples}")
+        first, last = self.profile_step_start, self.profile_step_end
+        require(
+            not self.profile or 1 <= first <= last <= self.train_iters,
+            f"--profile-step-start {first} to --profile-step-end {last} are no steps of 1 to --train-iters "
+            f"{self.train_iters}: give both",
+        )
         require(self.grace_seconds > 0, f"grace_seconds must be positive, not {self.grace_seconds}")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
         require(self.resume or not self.allow_changed, "--allow-changed says what --resume may change: give both")

@@ -6,6 +6,7 @@ parallelism every rank gathers all keys and values. Transformer Engine's attenti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,39 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_rlsc.types import MicroBatch, SharedPrompts
+
+
+@dataclass(kw_only=True)
+class SharedPromptParams(PackedSeqParams):
+    """Of a pack whose documents share prompts.
+
+    To Megatron the pack is one sequence, whose rotary embedding comes with a row for every token (model.py); the core
+    attention alone knows of documents.
+    """
+
+    cu_seqlens: Tensor
+    """[d + 1] where each document's queries begin."""
+    shared: SharedPrompts
+
+
+def packed_params(batch: MicroBatch) -> PackedSeqParams:
+    """What Megatron is told of a pack's documents."""
+    if batch.shared is None:
+        bounds = batch.cu_seqlens
+        longest = {"max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+        return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, **longest)
+    whole = batch.cu_seqlens[[0, -1]]
+    return SharedPromptParams(
+        qkv_format="thd",
+        cu_seqlens_q=whole,
+        cu_seqlens_kv=whole,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        cu_seqlens=batch.cu_seqlens,
+        shared=batch.shared,
+    )
 
 
 class PackedAttention(torch.nn.Module):
@@ -56,7 +90,7 @@ class PackedAttention(torch.nn.Module):
         Args:
             query: [t, heads, head_dim], of this TP rank and this CP rank.
             key, value: [t, kv_heads, head_dim]; each serves heads / kv_heads query heads.
-            packed_seq_params: cu_seqlens_q, [d + 1], says where documents begin in the whole pack.
+            packed_seq_params: cu_seqlens_q, [d + 1], says where documents begin in the whole pack; or `packed_params`.
 
         Returns:
             [t, heads * head_dim], or [s, d, heads * head_dim]
@@ -64,7 +98,12 @@ class PackedAttention(torch.nn.Module):
         if packed_seq_params is None:
             return self._attend_padded(query, key, value)
         groups, cp_size = query.shape[1] // key.shape[1], self.cp_group.size()
-        lengths = (packed_seq_params.cu_seqlens_q.diff() // cp_size).tolist()
+        if isinstance(packed_seq_params, SharedPromptParams):
+            shared = packed_seq_params.shared
+            lengths, kv_lengths = packed_seq_params.cu_seqlens.diff().tolist(), shared.cu_seqlens_kv.diff().tolist()
+            key, value = key[shared.kv_index], value[shared.kv_index]
+        else:
+            lengths = kv_lengths = (packed_seq_params.cu_seqlens_q.diff() // cp_size).tolist()
         if cp_size > 1:  # [cp * t, ...], rank after rank
             key, value = (gather_from_sequence_parallel_region(part, group=self.cp_group) for part in (key, value))
         # [heads, t, head_dim], each key head repeated for the query heads that it serves
@@ -72,7 +111,7 @@ class PackedAttention(torch.nn.Module):
         k = key.repeat_interleave(groups, dim=1).transpose(0, 1)
         v = value.repeat_interleave(groups, dim=1).transpose(0, 1)
         # By document: [heads, length, head_dim] of q, and of k and v from every CP rank
-        documents = zip(q.split(lengths, dim=1), *(self._by_document(part, lengths) for part in (k, v)), strict=True)
+        documents = zip(q.split(lengths, dim=1), *(self._by_document(part, kv_lengths) for part in (k, v)), strict=True)
         attended = [self._attend(*document) for document in documents]
         return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
 
@@ -102,7 +141,7 @@ class PackedAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One document: [heads, queries, head_dim] of this rank's chunks of it, against all of its keys."""
         if self.cp_group.size() == 1:
-            return self._causal(query, key, value)
+            return self._causal_behind(query, key, value)
         rank, chunk = self.cp_group.rank(), query.shape[1] // 2
         head, tail = query.split(chunk, dim=1)
         before_head, before_tail = rank * chunk, key.shape[1] - (rank + 1) * chunk
@@ -118,7 +157,7 @@ class PackedAttention(torch.nn.Module):
         """The last queries of a document. The ones before them are filled in, and dropped: a mask would cost memory
         with the square of the document."""
         before = key.shape[1] - query.shape[1]
-        return self._causal(F.pad(query, (0, 0, before, 0)), key, value)[:, before:]
+        return self._causal(F.pad(query, (0, 0, before, 0)) if before else query, key, value)[:, before:]
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(

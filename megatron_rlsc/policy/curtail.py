@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rlsc.batching import build_filler
 from megatron_rlsc.policy.parallel import Parallel
+from megatron_rlsc.ranges import span
 from megatron_rlsc.types import MicroBatch
 
 
@@ -40,6 +41,7 @@ class Curtailed:
             self._stopped.append(any(self._stopped[-1:]) or self._decide(len(self._stopped)))
         return self._stopped[number]
 
+    @span("go-ahead")
     def _decide(self, number: int) -> bool:
         replica = self._parallel
         key = f"{self._turn}/{replica.dp_rank}/{number}"

@@ -85,6 +85,13 @@ def choose_kernels(model: ModelConfig, optimizer: OptimizerConfig, machine: Mach
     return Kernels(spec=spec, attention=check_attention(machine, sequence_layout=model.sequence_layout))
 
 
+def shares_prompts(model: ModelConfig, spec: Spec, *, cp_size: int) -> bool:
+    """Whether a prompt is computed once for its responses: see `ModelConfig.share_prompts`."""
+    if model.share_prompts != "auto":
+        return model.share_prompts == "on"
+    return spec == "local" and model.sequence_layout == "packed" and cp_size == 1
+
+
 def choose_spec(model: ModelConfig, machine: Machine) -> Spec:
     """`auto` is Transformer Engine where CUDA, its package and bfloat16 are. Raises ValueError where it is asked for in
     vain."""

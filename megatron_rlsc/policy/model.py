@@ -12,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
@@ -23,9 +22,9 @@ from torch import Tensor
 from megatron_rlsc.config import ModelConfig, ParallelConfig
 from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
-from megatron_rlsc.policy.attention import PackedAttention
+from megatron_rlsc.policy.attention import PackedAttention, packed_params
 from megatron_rlsc.policy.kernels import Attention
-from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
+from megatron_rlsc.policy.logprobs import Foresee, vocab_parallel_logprobs
 from megatron_rlsc.policy.norm import RMSNorm
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.yarn import YarnTransformerConfig, yarn_fields
@@ -59,25 +58,31 @@ class LogprobGPTModel(GPTModel):
         if self.config.attention_backend is not AttnBackend.local:
             super()._set_attention_backend()
 
-    def forward(self, batch: MicroBatch) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, foresee: Foresee | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, [n] float32 each, at `temperature`; on a stage
-        before the last, the hidden states [t, 1, h], or [s, d, h] of padded documents."""
+        before the last, the hidden states [t, 1, h], or [s, d, h] of padded documents.
+
+        `foresee` is `vocab_parallel_logprobs`'s. Under context parallelism, where a response is spread over ranks, its
+        log p is known too late for that.
+        """
         self._batch, self._positions = batch, batch.positions
+        self._foresee = foresee if self.config.context_parallel_size == 1 else None
         if self.pads:
             tokens, place = _pad(batch, self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
             self._positions = place[batch.positions]
             # Padding stands behind its document, where a causal mask hides it.
             return super().forward(tokens, torch.zeros_like(tokens), None)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         # Rotary positions come from cu_seqlens; GPTModel reads position_ids for learned embeddings alone.
         position_ids = torch.zeros_like(batch.tokens)[None]
-        return super().forward(batch.tokens[None], position_ids, None, packed_seq_params=packed)
+        return super().forward(batch.tokens[None], position_ids, None, packed_seq_params=packed_params(batch))
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """gpt_model.py's own, its rotary embedding by position turned into one by token where prompts are shared: rows
+        [t, 1, 1, head_dim], which rope_utils.py lays on one sequence of t tokens as they are."""
+        embedded, rotary, *others = super()._preprocess(*args, **kwargs)
+        if self._batch.shared is not None:
+            rotary = rotary[self._batch.shared.position_ids]
+        return embedded, rotary, *others
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Replaces gpt_model.py's own, which multiplies every position with the output layer."""
@@ -97,6 +102,8 @@ class LogprobGPTModel(GPTModel):
             vocab_size=self.real_vocab_size,
             group=self.pg_collection.tp,
             chunk_tokens=self.chunk_tokens,
+            responses=self._batch.responses,
+            foresee=self._foresee,
         )
 
 
@@ -155,7 +162,11 @@ def build_model(
 
 def _block_spec(spec: Spec, config: TransformerConfig, chunk: int) -> ModuleSpec | TransformerBlockSubmodules:
     if spec == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        from megatron_rlsc.policy.te_attention import SharedPromptTEAttention
+
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.self_attention.submodules.core_attention = SharedPromptTEAttention
+        return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

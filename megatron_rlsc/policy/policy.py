@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_rlsc.batching import pack
 from megatron_rlsc.config import Config
 from megatron_rlsc.conversion.folders import is_megatron_checkpoint, latest_checkpoint
 from megatron_rlsc.conversion.hf import open_weights
@@ -22,13 +23,15 @@ from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.checkpoint import check_manifest, load_checkpoint
 from megatron_rlsc.policy.curtail import Curtailed
 from megatron_rlsc.policy.kept_base import KeptBase
-from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine
+from megatron_rlsc.policy.kernels import choose_kernels, inspect_machine, shares_prompts
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, forget_updates, gradient_norm, scale_rate, wrap_model
 from megatron_rlsc.policy.parallel import Parallel
 from megatron_rlsc.policy.save import Save, begin_save, write_now
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights, require_finite
+from megatron_rlsc.ranges import span
 from megatron_rlsc.run_folder.checkpoints import candidates
+from megatron_rlsc.timing import token_work
 from megatron_rlsc.types import MicroBatch, Progress, ResponseScores
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +46,16 @@ class Policy:
         kernels = choose_kernels(config.model, config.optimizer, inspect_machine())
         self.spec = kernels.spec
         self.parallel = parallel
+        self.pack = partial(
+            pack,
+            share=parallel.data_share,
+            max_tokens=config.train.max_tokens_per_micro_batch,
+            device=parallel.device,
+            layout=config.model.sequence_layout,
+            share_prompts=shares_prompts(config.model, kernels.spec, cp_size=parallel.cp_size),
+            work=token_work(self.shape),
+        )
+        """Samples as this rank's micro-batches, as the model takes them."""
         self.chunks: list[LogprobGPTModel] = build_model(
             self.shape,
             model=config.model,
@@ -115,10 +128,12 @@ class Policy:
         self.optimizer.zero_grad()
         return self._run(micro_batches, num_samples, weigh, abandoned)
 
+    @span("gradient-norm")
     def gradient_norm(self) -> float:
         """Of the whole model's gradient, before clipping."""
         return gradient_norm(self.optimizer)
 
+    @span("optimizer")
     def step(self) -> float:
         """One AdamW update with the accumulated, clipped gradient. Returns the learning rate that it used."""
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -234,7 +249,7 @@ class Policy:
         batches = micro_batches if abandoned is None else Curtailed(micro_batches, abandoned, self.parallel)
         loss = partial(_loss, weigh=weigh, parallel=self.parallel)
         results: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss=loss),
+            forward_step_func=partial(_forward_step, loss=loss, weigh=weigh),
             data_iterator=[iter(batches) for _ in self.ddp] if interleaved else iter(batches),
             model=self.ddp if interleaved else self.ddp[0],
             num_microbatches=len(micro_batches),
@@ -255,10 +270,22 @@ class Policy:
         return ResponseScores(logprobs=logprobs, entropy=entropy, lengths=lengths.long(), rollout_difference=difference)
 
 
-def _forward_step(data_iterator: Iterator[MicroBatch], model: Any, *, loss: Callable[..., Any]) -> tuple[Any, Any]:
+def _forward_step(
+    data_iterator: Iterator[MicroBatch], model: Any, *, loss: Callable[..., Any], weigh: Weigh | None
+) -> tuple[Any, Any]:
     """Megatron's forward_step_func (pipeline_parallel/schedules.py)."""
     batch = next(data_iterator)
-    return model(batch), partial(loss, batch=batch)
+    foresee = None if weigh is None else partial(_foresee, batch=batch, weigh=weigh)
+    return model(batch, foresee), partial(loss, batch=batch)
+
+
+def _foresee(logprobs: Tensor, tokens: slice, documents: slice, *, batch: MicroBatch, weigh: Weigh) -> Tensor:
+    """[c] what `_loss` will give back to the log-probabilities of whole responses: see logprobs.Foresee. Megatron
+    scales a loss before its backward pass for float16 alone, which is not trained in."""
+    rows, segments = batch.sample_ids[documents], batch.segments[tokens] - documents.start
+    sums = logprobs.new_zeros(2, len(rows))
+    sums.index_add_(1, segments, torch.stack([logprobs, torch.ones_like(logprobs)]))
+    return -(weigh(sums[0], sums[1], rows).to(logprobs) * (rows >= 0))[segments]
 
 
 def _loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_rlsc.conversion.layout import gather, shard
 from megatron_rlsc.conversion.rules import EMBEDDING, OUTPUT, Rule, Spec, rules_for
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.parallel import Parallel
+from megatron_rlsc.ranges import span
 
 LAYERS = "decoder.layers."
 SHOWN = 5
@@ -94,20 +95,29 @@ def iter_hf_weights(
     """
     params = [dict(chunk.named_parameters()) for chunk in chunks]
     for rule in rules_for(num_layers=shape.num_hidden_layers, tied=shape.tie_word_embeddings, spec=spec):
-        stage, chunk, name = _locate(rule.megatron, shape, parallel)
-        source = parallel.stage_source(stage)
-        tensors: Sequence[Tensor] = ()
-        if parallel.holds_first_copy and parallel.pp_rank == stage:
-            shards = _gather_shards(params[chunk][name], source, parallel)
-            if shards:
-                tensors = gather(rule.layout, shards, shape)
-        if source != 0 and parallel.rank == source:
-            for tensor in tensors:
-                dist.send(tensor.contiguous(), dst=0)
+        tensors = _gather_tensors(rule, params, shape, parallel)
         if parallel.rank == 0:
-            if source != 0:
-                tensors = _receive(rule, shape, source, like=next(iter(params[0].values())))
             yield from zip(rule.hf, tensors, strict=True)
+
+
+@span("gather-weights")
+def _gather_tensors(
+    rule: Rule, params: Sequence[Mapping[str, Tensor]], shape: ModelShape, parallel: Parallel
+) -> Sequence[Tensor]:
+    """A row's HF tensors, on rank 0."""
+    stage, chunk, name = _locate(rule.megatron, shape, parallel)
+    source = parallel.stage_source(stage)
+    tensors: Sequence[Tensor] = ()
+    if parallel.holds_first_copy and parallel.pp_rank == stage:
+        shards = _gather_shards(params[chunk][name], source, parallel)
+        if shards:
+            tensors = gather(rule.layout, shards, shape)
+    if source != 0 and parallel.rank == source:
+        for tensor in tensors:
+            dist.send(tensor.contiguous(), dst=0)
+    if source != 0 and parallel.rank == 0:
+        tensors = _receive(rule, shape, source, like=next(iter(params[0].values())))
+    return tensors
 
 
 def _locate(megatron_name: str, shape: ModelShape, parallel: Parallel) -> tuple[int, int, str]:

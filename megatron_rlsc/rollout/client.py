@@ -90,7 +90,13 @@ class RolloutClient:
             yield from begun.groups()
 
     def begin(
-        self, prompts: Sequence[Prompt], *, step: int, version: str, without: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        version: str,
+        without: Collection[int] = (),
+        keep: Callable[[list[Sample]], None] | None = None,
     ) -> BegunRollout:
         """Asks at once; replicas go on while the caller does something else. Main thread.
 
@@ -99,6 +105,7 @@ class RolloutClient:
             step: goes into the seeds with the run's seed and the group.
             version: of the last push; a sample with a token of any other is refused.
             without: groups that nobody asks for.
+            keep: is given each group as it ends, whether or not anybody waits for it, in another thread.
 
         Raises NoReplicaLeftError where no replica holds the version.
         """
@@ -106,6 +113,12 @@ class RolloutClient:
         if not holders:
             raise NoReplicaLeftError(f"no replica holds the weights of version {version!r}")
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def tell(event: Event) -> None:
+            if keep is not None and isinstance(event, GroupDone):
+                keep(event.samples)
+            events.put(event)
+
         dispatch = Dispatch(
             [
                 Task(prompt=prompt, group=i, step=step, version=version)
@@ -120,7 +133,7 @@ class RolloutClient:
             stall_timeout=self._stall_timeout,
             poll_seconds=self._poll_seconds,
             transport=self._transport,
-            tell=events.put,
+            tell=tell,
         )
         return BegunRollout(self._fleet, dispatch, events, self._abandoned)
 

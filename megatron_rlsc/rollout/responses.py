@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class MalformedAnswerError(RuntimeError):
 
 
 class StaleSampleError(RuntimeError):
-    """A response, or a part of it, of other weights than the last push's."""
+    """A response, or a part of it, of other weights than those that were to make it."""
 
 
 def read_samples(
@@ -69,6 +70,24 @@ def read_samples(
             )
         )
     return samples
+
+
+def require_lag(samples: Sequence[Sample], *, step: int, version: str, lead: int) -> None:
+    """Raises StaleSampleError unless what `step` is to learn from was made by weights that are at most `lead` steps
+    older than the policy's, and none newer. What the journal has may be of an earlier process's pushes.
+
+    Args:
+        version: of the policy's weights, those after the step before.
+    """
+    for sample in samples:
+        lag = None if sample.made_after is None else step - 1 - sample.made_after
+        if lag is None or not 0 <= lag <= lead:
+            behind = "nobody knows how many steps" if lag is None else f"{lag} steps"
+            raise StaleSampleError(
+                f"step {step}: group {sample.group}, sample {sample.sample} is of version {sample.version!r}, and the "
+                f"policy of {version!r}: it lags {behind} behind, --rollout-lead permits {lead}. Nothing was learned "
+                f"from it; without the step's file in rollouts/ the step is sampled anew"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from megatron_rlsc.rollout.buckets import Bucket, TensorSpec, checksum, fill_buc
 from megatron_rlsc.rollout.fleet import Fleet, Replica, ReplicaLostError
 from megatron_rlsc.rollout.link import Link, SyncError, trainer_device
 from megatron_rlsc.rollout.transport import Transport
+
+Phase = dict[int, tuple[Replica, Future[None]]]
+"""Of a push, on all replicas at once, by their index."""
 
 
 class NoSync:
@@ -42,8 +45,8 @@ class NoSync:
 class WeightSync:
     """Pushes whole models into all replicas that answer.
 
-    Versions are "<run id>:<counter>". The run id is drawn afresh for each object, so that no restart, resume or
-    rollback can bring a version back.
+    Versions are "<run id>:<push>:<step>": which push of this object it was, and after which step. The run id is drawn
+    afresh for each object, so that no restart, resume or rollback can bring a version back.
     """
 
     def __init__(
@@ -74,19 +77,21 @@ class WeightSync:
         self._run_id = secrets.token_hex(6)
         self._counter = 0
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """Replaces the weights of every replica that is ready. One bucket is in memory at a time.
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, step: int = 0) -> str:
+        """Replaces the weights of every replica that is ready. Two buckets are in memory at a time: while one travels,
+        the next is gathered.
 
         Args:
             weights: (HF name, whole HF-shaped tensor), as `specs` says. The stream is walked to its end whatever
                 happens, since other ranks gather along.
+            step: after which the policy has these weights.
 
         Returns the version that samples carry from now on; replicas that did not answer are lost to the fleet, and have
         no version. Raises SyncError where a push was refused or did not arrive as sent, FleetError where no replica is
         left.
         """
         stream = iter(weights)
-        version = f"{self._run_id}:{self._counter}"
+        version = f"{self._run_id}:{self._counter}:{step}"
         self._counter += 1
         try:
             replicas = self._fleet.ready()
@@ -95,10 +100,13 @@ class WeightSync:
             with ThreadPoolExecutor(max(1, len(replicas))) as pool:
                 live = self._each(pool, replicas, Link.begin, self._specs)
                 live_sums: dict[str, str] = {}
+                under_way: Phase = {}
                 for count, bucket in enumerate(self._buckets(stream)):
-                    live = self._each(pool, live, Link.transfer, bucket, f"{version.replace(':', '-')}-{count}")
+                    live = self._through(under_way) if under_way else live
+                    label = f"{version.replace(':', '-')}-{count}"
+                    under_way = self._begin(pool, live, Link.transfer, bucket, label)
                     live_sums |= _norm_sums(bucket)
-                live = self._each(pool, live, Link.finish, version, live_sums)
+                live = self._each(pool, self._through(under_way), Link.finish, version, live_sums)
         finally:
             for _ in stream:
                 pass
@@ -138,12 +146,20 @@ class WeightSync:
     def _each(
         self, pool: ThreadPoolExecutor, replicas: Sequence[Replica], phase: Callable[..., None], *arguments: Any
     ) -> list[Replica]:
-        """One phase on all replicas at once; those that came through. A refusal is raised when all have ended."""
-        futures = {replica.index: pool.submit(phase, self._link(replica), *arguments) for replica in replicas}
+        """One phase on all replicas at once; those that came through."""
+        return self._through(self._begin(pool, replicas, phase, *arguments))
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, replicas: Sequence[Replica], phase: Callable[..., None], *arguments: Any
+    ) -> Phase:
+        return {replica.index: (replica, pool.submit(phase, self._link(replica), *arguments)) for replica in replicas}
+
+    def _through(self, under_way: Phase) -> list[Replica]:
+        """Those that came through. A refusal is raised when all have ended."""
         through, refused = [], None
-        for replica in replicas:
+        for replica, ended in under_way.values():
             try:
-                futures[replica.index].result()
+                ended.result()
                 through.append(replica)
             except ReplicaLostError as error:
                 self._links.pop(replica.index).close()

@@ -41,6 +41,7 @@ from megatron_rlsc.run_folder.names import (
     LAUNCHER,
     LOCK,
     METRICS,
+    PROFILE,
     REPORT,
     ROLLBACKS,
     ROLLOUTS,
@@ -58,6 +59,7 @@ WRITTEN = (
     SHOWN,
     GUARD,
     TENSORBOARD,
+    PROFILE,
     ROLLOUTS,
     ROLLBACKS,
     CHECKPOINTS,
@@ -83,8 +85,8 @@ ALL = sys.maxsize
 def open_run_dir(folder: Path, config: Config, model_dir: Path, shape: ModelShape) -> Iterator[int]:
     """Makes the folder this run's for as long as the block lasts, and writes its config there. Rank 0 alone calls it,
     when all else has been checked. Yields how many of the journal's steps after the checkpoint that a resumed run goes
-    on from hold what it would sample itself: ALL, 1 where its updates will differ, 0 where its questions or its
-    sampling do.
+    on from hold what it would sample itself: ALL; where its updates will differ 1, or with --rollout-lead the 2 that no
+    later weights have made; 0 where its questions or its sampling differ.
 
     Raises ValueError, and changes nothing, where the folder is no run's; another live run writes to it; an earlier run
     is there and neither `resume` nor `overwrite` says what to do about it; `resume` would change what KEPT_BY_RESUME
@@ -255,7 +257,7 @@ def _require_unchanged(folder: Path, config: Config, inputs: Mapping[str, str]) 
         return 0
     updates = [(c.optimizer, c.objective, c.train.updates_per_rollout, c.model.bf16) for c in (before, config)]
     decay = config.optimizer.lr_decay_style != "constant" and before.train.train_iters != config.train.train_iters
-    return 1 if updates[0] != updates[1] or decay else ALL
+    return 1 + config.rollout.rollout_lead if updates[0] != updates[1] or decay else ALL
 
 
 def _changes(before: Config, after: Config, old_inputs: Mapping[str, str], inputs: Mapping[str, str]) -> dict[str, str]:

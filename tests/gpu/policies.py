@@ -42,9 +42,10 @@ def build_policy(
     return policy
 
 
-def one_batch(samples: list[Sample], parallel: Parallel) -> MicroBatch:
+def one_batch(samples: list[Sample], parallel: Parallel, *, share_prompts: bool = False) -> MicroBatch:
     """All of them in one pack, in their order."""
-    return build_micro_batch(samples, range(len(samples)), share=parallel.data_share, device=parallel.device)
+    share, device = parallel.data_share, parallel.device
+    return build_micro_batch(samples, range(len(samples)), share=share, device=device, share_prompts=share_prompts)
 
 
 @torch.no_grad()

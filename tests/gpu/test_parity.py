@@ -89,12 +89,30 @@ def test_scores_do_not_depend_on_the_packs(model: Model, spec: Spec, truth: Trut
     longest = max(sample.length for sample in truth.samples)
     sums = []
     for max_tokens in (longest, model.tokens):
-        batches = pack(truth.samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device)
-        sums.append(policy.score(batches, len(truth.samples)).logprobs)
-    assert len(batches) == 1
+        batch = pack(truth.samples, parallel.data_share, max_tokens=max_tokens, device=parallel.device)
+        sums.append(policy.score(batch.micro_batches, len(truth.samples)).logprobs)
+    assert len(batch.micro_batches) == 1
     lengths = torch.tensor([len(sample.response_token_ids) for sample in truth.samples])
     per_token = (sums[0] - sums[1]) / lengths
     assert per_token.abs().max() < WORST * truth.error.abs().max()
+
+
+def test_siblings_that_share_their_prompt(model: Model, spec: Spec, truth: Truth, parallel: Parallel) -> None:
+    """Log-probabilities and gradient are those of siblings with a prompt each, but for bfloat16; were a response to see
+    another's, or not its prompt, they would be of another size."""
+    prompt = max((sample.prompt_token_ids for sample in truth.samples), key=len)
+    siblings = [replace(sample, prompt_token_ids=prompt) for sample in truth.samples]
+    policy = build_policy(model, spec, parallel)
+    logprobs, gradients = [], []
+    for share in (False, True):
+        batch = one_batch(siblings, parallel, share_prompts=share)
+        assert (batch.shared is not None) == share
+        logprobs.append(policy_logprobs(policy, batch))
+        policy.forward_backward([batch], len(siblings), lambda logprobs, lengths, rows: torch.ones_like(logprobs))
+        gradients.append(read_all(policy, "main_grad"))
+    check(logprobs[1] - logprobs[0], truth.error)
+    apart, together = gradients
+    assert total({name: together[name] - apart[name] for name in apart}) < 0.02 * total(apart)
 
 
 def test_gradients(model: Model, spec: Spec, parallel: Parallel) -> None:

@@ -10,14 +10,21 @@ import reference
 import torch
 from torch import Tensor
 
-from megatron_rlsc.batching import pack
-from megatron_rlsc.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlsc.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.objective import log_weights, weight_shift
 from megatron_rlsc.policy.parallel import init_parallel
 from megatron_rlsc.policy.policy import Policy, Weigh
 from megatron_rlsc.policy.weights import iter_hf_weights
-from megatron_rlsc.types import MicroBatch, ResponseScores, Sample
+from megatron_rlsc.types import Load, MicroBatch, ResponseScores, Sample
 
 MAX_TOKENS = 50
 """Of a micro-batch: the longest sample fits, two of them do not."""
@@ -96,6 +103,7 @@ class Outcome:
     """What one rank saw. Batches go by their name."""
 
     micro_batches: dict[str, int]
+    loads: dict[str, Load]
     scores: dict[str, ResponseScores]
     """Of each batch, forward only."""
     l2: dict[str, Gradient]
@@ -125,6 +133,7 @@ def build_policy(
         parallel=layout.config(),
         model=ModelConfig(logprob_chunk_tokens=7, bf16=bf16, sequence_layout="padded" if layout.padded else "packed"),
         rollout=RolloutConfig(temperature=temperature),
+        train=TrainConfig(max_tokens_per_micro_batch=MAX_TOKENS),
         optimizer=OptimizerConfig(
             lr=lr,
             adam_beta1=reference.BETAS[0],
@@ -150,9 +159,7 @@ def fill_padding_rows(policy: Policy, value: float) -> None:
 
 
 def pack_for(policy: Policy, samples: list[Sample]) -> list[MicroBatch]:
-    share, device = policy.parallel.data_share, policy.parallel.device
-    layout: Literal["packed", "padded"] = "padded" if policy.chunks[0].pads else "packed"
-    return pack(samples, share, max_tokens=MAX_TOKENS, device=device, layout=layout)
+    return policy.pack(samples).micro_batches
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,7 @@ def play(layout: Layout, shape: ModelShape, state: dict[str, Tensor], batches: d
     parallel = policy.parallel
     return Outcome(
         micro_batches={name: len(pack_for(policy, samples)) for name, samples in batches.items()},
+        loads={name: policy.pack(samples).load for name, samples in batches.items()},
         scores=scores,
         l2=l2,
         batch_max=batch_max,

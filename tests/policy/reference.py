@@ -42,12 +42,17 @@ def tiny_qwen(*, tied: bool) -> Qwen2ForCausalLM:
 
 
 @torch.no_grad()
-def draw_samples(model: Qwen2ForCausalLM, lengths: list[int], *, temperature: float) -> list[Sample]:
-    """Responses of the given lengths from p_old, with the log-probabilities that `token_logprobs` gives them."""
+def draw_samples(
+    model: Qwen2ForCausalLM, lengths: list[int], *, temperature: float, groups: list[int] | None = None
+) -> list[Sample]:
+    """Responses of the given lengths from p_old, with the log-probabilities that `token_logprobs` gives them; each to a
+    prompt of its own, or to its group's."""
     samples = []
-    for group, length in enumerate(lengths):
+    for row, (group, length) in enumerate(zip(groups or range(len(lengths)), lengths, strict=True)):
         torch.manual_seed(group)
         prompt = torch.randint(VOCAB, (1, 1 + group * 5 % 8))
+        if groups is not None:
+            torch.manual_seed(1000 + row)
         tokens = prompt
         for _ in range(length):
             p = (model(tokens).logits[:, -1] / temperature).softmax(-1)
@@ -60,7 +65,7 @@ def draw_samples(model: Qwen2ForCausalLM, lengths: list[int], *, temperature: fl
             response_token_ids=tuple(tokens[0, prompt.shape[1] :].tolist()),
             rollout_logprobs=(0.0,) * length,
             finish_reason="length",
-            seed=group,
+            seed=row,
             version="test",
         )
         logprobs, _ = token_logprobs(model, sample, temperature=temperature)

@@ -12,28 +12,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import faked_te
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.optimizer import clip_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
 from torch import Tensor
+from transformer_engine.pytorch import DotProductAttention
 from transformer_engine.pytorch.optimizers import fused_adam
 
+from megatron_rlsc.batching import build_micro_batch
 from megatron_rlsc.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlsc.conversion.convert import convert as convert_weights
 from megatron_rlsc.conversion.convert import plan_megatron
 from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy import cpu
+from megatron_rlsc.policy.attention import PackedAttention, packed_params
 from megatron_rlsc.policy.checkpoint import load_checkpoint
 from megatron_rlsc.policy.model import LogprobGPTModel, build_model
 from megatron_rlsc.policy.optimizer import build_optimizer, wrap_model
 from megatron_rlsc.policy.parallel import Parallel, init_parallel
 from megatron_rlsc.policy.save import save_checkpoint
 from megatron_rlsc.policy.weights import iter_hf_weights, load_hf_weights
+from megatron_rlsc.types import DataShare, Sample
 
 State = dict[str, Tensor]
 
@@ -96,6 +103,71 @@ def kernels(spec: Spec, shape: ModelShape) -> tuple[list[str | None], bool]:
     """The variables that tell Transformer Engine which attention it may take; whether its rotary kernel is taken."""
     config = build(spec, shape, ParallelConfig()).chunks[0].config
     return [os.environ.get(f"NVTE_{kind}_ATTN") for kind in ("FLASH", "FUSED", "UNFUSED")], config.apply_rope_fusion
+
+
+def attend_with_shared_prompts(shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """Three siblings and a stranger, [t, heads * head_dim]: by a Transformer Engine model's attention over what their
+    documentation says the kernels do, and by PackedAttention."""
+    sizes = [((5, 6, 7), 4), ((1, 2), 3), ((5, 6, 7), 1), ((5, 6, 7), 6)]
+    samples = [
+        Sample(
+            group=0,
+            sample=0,
+            prompt_index=0,
+            prompt_token_ids=prompt,
+            response_token_ids=(9,) * response,
+            rollout_logprobs=(0.0,) * response,
+            finish_reason="length",
+            seed=0,
+            version="",
+        )
+        for prompt, response in sizes
+    ]
+    batch = build_micro_batch(samples, range(4), share=DataShare(), device=torch.device("cpu"), share_prompts=True)
+    model = build("transformer_engine", shape, ParallelConfig())
+    core = model.chunks[0].decoder.layers[0].self_attention.core_attention
+    local = PackedAttention(model.chunks[0].config, 1, AttnMaskType.causal, "self", pg_collection=core_groups())
+    query = torch.randn(len(batch.tokens), shape.num_attention_heads, shape.head_dim)
+    key, value = (torch.randn(len(batch.tokens), shape.num_key_value_heads, shape.head_dim) for _ in range(2))
+    params = packed_params(batch)
+    with mock.patch.object(DotProductAttention, "forward", documented_attention):
+        theirs = core(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+    return theirs, local(query, key, value, None, packed_seq_params=params)
+
+
+def core_groups() -> Any:
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+
+
+def documented_attention(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    qkv_format: str,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    attn_mask_type: str,
+) -> Tensor:
+    """DotProductAttention.forward of dot_product_attention.py, as its docstring has it for these arguments."""
+    assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+    assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
+    assert (max_seqlen_q, max_seqlen_kv) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_kv.diff().max()))
+    assert max_seqlen_q <= max_seqlen_kv
+    each = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+    found = []
+    for document in range(len(cu_seqlens_q) - 1):
+        queries, keys = (slice(*bounds[document : document + 2].tolist()) for bounds in (cu_seqlens_q, cu_seqlens_kv))
+        scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) / query.shape[2] ** 0.5
+        # the last query sees every key
+        behind = torch.ones_like(scores[0], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        weights = scores.masked_fill(behind, -torch.inf).softmax(-1)
+        found.append(torch.einsum("hqk,khd->qhd", weights, value[keys]).flatten(1))
+    return torch.cat(found)
 
 
 def versions() -> tuple[str, list[str], list[str]]:

@@ -5,10 +5,19 @@ Not covered: that Transformer Engine then takes them (tests/gpu), and reading a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_rlsc.config import ModelConfig, OptimizerConfig
-from megatron_rlsc.policy.kernels import Kernels, Machine, check_attention, choose_kernels, inspect_machine
+from megatron_rlsc.policy.kernels import (
+    Kernels,
+    Machine,
+    check_attention,
+    choose_kernels,
+    inspect_machine,
+    shares_prompts,
+)
 
 A100, H100, B200, RTX_5090 = (8, 0), (9, 0), (10, 0), (12, 0)
 CPU = Machine(capability=None, transformer_engine=None, flash_attn=None)
@@ -113,3 +122,18 @@ def test_a_precision_aware_optimizer_is_transformer_engine_s() -> None:
 
 def test_this_machine_can_be_read() -> None:
     inspect_machine()
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec", "layout", "cp_size", "shares"),
+    [
+        ("auto", "local", "packed", 1, True),
+        ("auto", "local", "padded", 1, False),
+        ("auto", "local", "packed", 2, False),
+        ("auto", "transformer_engine", "packed", 1, False),  # until a GPU has run it
+        ("on", "transformer_engine", "packed", 1, True),
+        ("off", "local", "packed", 1, False),
+    ],
+)
+def test_who_shares_prompts(asked: Any, spec: Any, layout: Any, cp_size: int, shares: bool) -> None:
+    assert shares_prompts(ModelConfig(share_prompts=asked, sequence_layout=layout), spec, cp_size=cp_size) == shares

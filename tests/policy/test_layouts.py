@@ -1,8 +1,8 @@
 """Every layout gives the log-probabilities, loss, gradient and weights of plain transformers and torch.
 
-Three batches of 1, 3 and 7 responses of very uneven length, packed into several micro-batches; a vocabulary of 259,
-padded to 384 or 512 rows; those beyond it set to 50 in embedding and output layer, where they would win every
-softmax; p_old, temperature 0.5, alpha 0.1, clipping and weight decay all at work.
+Four batches of 1, 3, 7 and 7 responses of very uneven length, packed into several micro-batches, the last with prompts
+that siblings share; a vocabulary of 259, padded to 384 or 512 rows; those beyond it set to 50 in embedding and output
+layer, where they would win every softmax; p_old, temperature 0.5, alpha 0.1, clipping and weight decay all at work.
 
 Not covered: CUDA, Transformer Engine, bfloat16. A distributed optimizer's gradient is seen through its norm and the
 updated weights alone.
@@ -92,18 +92,33 @@ def worst(found: Tensor, expected: Tensor) -> float:
 @on_every_layout
 def test_the_batches_are_played_in_several_micro_batches(layout: Layout, tied: bool, outcomes: Play) -> None:
     """Tokens with prompts 1, 6, 3, 8, 5, 2, 7 long: `seven` has 74 + 32 = 106, three packs of at most 50; over two
-    replicas two packs each, over four one each. `one` leaves the replicas after the first a filler.
+    replicas two packs each, over four one each. `one` leaves the replicas after the first a filler. `siblings` has 74
+    tokens of responses and prompts of 6, 8 and 5, each once: 6 + 12 + 28 + 2 = 48 and 45.
 
-    Padded: 2, 36, 10, 11, 17, 4 and 26 tokens are packs of 36; 26; 2 x 17; and 3 x 10; 2, 46 and 9 of 46 and 2 x 9."""
-    rows = {1: (1, 2, 3), 2: (1, 1, 2), 4: (1, 1, 1)}[layout.dp]
-    if layout.cp > 1:  # documents padded to 2 cp
-        rows = {(2, 1): (1, 2, 3), (4, 1): (1, 2, 3), (2, 2): (1, 1, 2)}[layout.cp, layout.dp]
+    Padded: 2, 36, 10, 11, 17, 4 and 26 tokens are packs of 36; 26; 2 x 17; and 3 x 10; 2, 46 and 9 of 46 and 2 x 9.
+    Every sibling with its own prompt, 18, 34, 15, 9, 27, 8 and 10, of 34; 27; 2 x 18; and 3 x 10."""
+    rows = {1: (1, 2, 3, 2), 2: (1, 1, 2, 1), 4: (1, 1, 1, 1)}[layout.dp]
+    if layout.cp > 1:  # documents padded to 2 cp, every sibling with its own prompt
+        rows = {(2, 1): (1, 2, 3, 3), (4, 1): (1, 2, 3, 4), (2, 2): (1, 1, 2, 2)}[layout.cp, layout.dp]
     if layout.padded:
-        rows = {1: (1, 2, 4), 2: (1, 1, 2)}[layout.dp]
+        rows = {1: (1, 2, 4, 4), 2: (1, 1, 2, 2)}[layout.dp]
     if layout.vpp > 1:
         rows = tuple(-(-count // layout.pp) * layout.pp for count in rows)
     for outcome in outcomes(layout, tied):
         assert tuple(outcome.micro_batches.values()) == rows
+
+
+@tied_and_untied
+@on_every_layout
+def test_a_prompt_is_computed_once_in_a_pack(layout: Layout, tied: bool, outcomes: Play) -> None:
+    """Of `siblings`, 2 x 6 and 2 x 8 of 121 tokens, on the layouts that share. Over four replicas the families are cut:
+    none waits for another so, and no two siblings lie together."""
+    for outcome in outcomes(layout, tied):
+        reused = {name: load.reused_share for name, load in outcome.loads.items()}
+        if layout.cp > 1 or layout.padded:
+            assert not any(reused.values())
+        else:
+            assert reused == {"one": 0, "three": 0, "seven": 0, "siblings": pytest.approx(28 / 121 * (layout.dp < 4))}
 
 
 @tied_and_untied

@@ -1,6 +1,6 @@
 """vocab_parallel_logprobs alone, against log_softmax in float64.
 
-Not covered: bfloat16, and the memory that chunks save.
+Not covered: bfloat16.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from live_bytes import counted, peak
 from torch import Tensor
 from world import World
 
@@ -129,3 +130,112 @@ def test_logits_whose_exp_overflows(world: World) -> None:
     for logprobs, entropy in world.run(2, large_logits):
         assert logprobs.tolist() == pytest.approx([-log2, -1e4 - log2, -2e4 - log2], rel=1e-6, abs=1e-3)
         assert entropy.tolist() == pytest.approx([log2] * 3, abs=2e-3)
+
+
+RESPONSES = (3, 5, 1, 2)
+"""Tokens of each, TOKENS in all."""
+UPSTREAM = (0.5, -2.0, 0.0, 1e-9)
+"""The gradient that comes back to every token of each; the last as of a response that weighs next to nothing."""
+
+
+def with_main_grad(vocab_size: int, rows: int, chunk_tokens: int, brought_back: float) -> tuple[Tensor, ...]:
+    """This rank's answers where gradients are foreseen, and come back `brought_back` times as large."""
+    hidden, weight, targets, _ = inputs(vocab_size, 1.0)
+    padded = torch.cat([weight, torch.full((rows * dist.get_world_size() - vocab_size, HIDDEN), math.nan)])
+    hidden.requires_grad_()
+    shard = padded[dist.get_rank() * rows :][:rows].clone().requires_grad_()
+    shard.main_grad = torch.ones_like(shard)  # of an earlier micro-batch
+    asked: list[tuple[int, int]] = []
+    upstream = torch.tensor(UPSTREAM).repeat_interleave(torch.tensor(RESPONSES))
+
+    def foresee(logprobs: Tensor, tokens: slice, responses: slice) -> Tensor:
+        asked.append((responses.start, responses.stop))
+        assert tokens.start == sum(RESPONSES[: responses.start]) and tokens.stop == sum(RESPONSES[: responses.stop])
+        assert len(logprobs) == tokens.stop - tokens.start and (logprobs < 0).all()
+        return upstream[tokens]
+
+    logprobs, entropy = vocab_parallel_logprobs(
+        hidden,
+        shard,
+        targets,
+        temperature=0.5,
+        vocab_size=vocab_size,
+        group=dist.group.WORLD,
+        chunk_tokens=chunk_tokens,
+        responses=RESPONSES,
+        foresee=foresee,
+    )
+    logprobs.backward(brought_back * upstream)
+    assert shard.grad_added_to_main_grad
+    assert hidden.grad is not None and shard.grad is not None and shard.grad.shape == shard.shape
+    return logprobs.detach(), entropy, hidden.grad, shard.main_grad, torch.tensor(asked)
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "asked"),
+    [
+        (1, [(2, 3)]),
+        (2, [(2, 3), (3, 4)]),
+        (4, [(0, 1), (2, 4)]),  # the response of 5 tokens is cut
+        (8, [(0, 2), (2, 4)]),
+        (1000, [(0, 4)]),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_that_are_foreseen(ranks: int, chunk_tokens: int, asked: list[tuple[int, int]], world: World) -> None:
+    """Of whole responses that fit a chunk; the weight's goes on top of what is there. 13 words of 16 rows: the last of
+    four ranks holds one."""
+    hidden, weight, targets, _ = inputs(13, 1.0)
+    upstream = torch.tensor(UPSTREAM).repeat_interleave(torch.tensor(RESPONSES))
+    expected = exact(hidden, weight, targets, upstream, 0.5)
+    answers = world.run(ranks, with_main_grad, 13, 16 // ranks, chunk_tokens, 1.0)
+    for logprobs, entropy, grad_hidden, _, foreseen in answers:
+        check_close(logprobs, expected[0])
+        check_close(entropy, expected[1])
+        check_close(grad_hidden, expected[2])
+        assert foreseen.tolist() == [list(pair) for pair in asked]
+    main_grad = torch.cat([answer[3] for answer in answers])
+    check_close(main_grad[:13] - 1, expected[3])
+    assert (main_grad[13:] == 1).all()
+
+
+def test_a_gradient_that_is_not_the_foreseen_one_is_an_error(world: World) -> None:
+    with pytest.raises(Exception, match="not what was foreseen"):
+        world.run(1, with_main_grad, 13, 16, 1000, 2.0)
+
+
+def peak_of_a_pass(foreseen: bool) -> int:
+    """Bytes, of 2048 tokens of 32 entries and 4000 words in chunks of 256, beyond the weight and its gradient."""
+    hidden, weight = torch.randn(2048, 32, requires_grad=True), torch.randn(4000, 32, requires_grad=True)
+    weight.main_grad = torch.zeros_like(weight)
+
+    def foresee(logprobs: Tensor, tokens: slice, responses: slice) -> Tensor:
+        return torch.ones_like(logprobs)
+
+    def run() -> None:
+        logprobs, _ = vocab_parallel_logprobs(
+            hidden,
+            weight,
+            torch.zeros(2048, dtype=torch.int64),
+            temperature=0.5,
+            vocab_size=4000,
+            group=dist.group.WORLD,
+            chunk_tokens=256,
+            responses=(128,) * 16,
+            foresee=foresee if foreseen else None,
+        )
+        logprobs.sum().backward()
+
+    run()
+    with counted():
+        before = peak(lambda: None)
+        return peak(run) - before
+
+
+@pytest.mark.parametrize("foreseen", [False, True])
+def test_memory_is_that_of_a_chunk_and_of_the_hidden_states(foreseen: bool, world: World) -> None:
+    """A chunk's logits are 256 x 4000 x 4 = 4.1 MB, what is computed of 64 of its rows half of that, the
+    gradient of the hidden states 0.3 MB; all logits would be 33 MB, and another copy of a chunk's 4.1 MB."""
+    (found,) = world.run(1, peak_of_a_pass, foreseen)
+    chunk, hidden = 256 * 4000 * 4, 2048 * 32 * 4
+    assert chunk < found < 1.5 * chunk + 2 * hidden

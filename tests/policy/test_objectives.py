@@ -87,7 +87,8 @@ def differentiate(
         rewards = None if method.reward == "none" else torch.tensor(REWARDS)
         weights = Weights(config(name), samples, rewards)
         if weights.need_the_batch:
-            weights.fix(policy.score(pack_for(policy, samples), len(samples)))
+            old = policy.score(pack_for(policy, samples), len(samples))
+            weights.fix(old.logprobs, old.lengths)
         found[name] = backward(policy, samples, weights, gather=not layout.distributed_optimizer)
     return found
 

@@ -175,7 +175,7 @@ def measure(case: Case) -> Measured:
                 max_tokens=case.tokens,
                 device=parallel.device,
                 layout=case.config.model.sequence_layout,
-            )
+            ).micro_batches
             assert len(batch) == case.micro_batches
             learn = partial(policy.forward_backward, batch, len(samples), rlsc(0.1))
             learn()

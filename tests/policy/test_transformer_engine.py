@@ -97,6 +97,12 @@ def test_attention_never_falls_back_in_silence(ranks):
     assert ranks(1, "kernels", "local", shape)[0] == (["0", "1", "0"], False) and not local_rope
 
 
+def test_attention_over_shared_prompts_is_that_of_the_local_spec(ranks):
+    """With what Transformer Engine's documentation promises in the kernels' place."""
+    theirs, ours = ranks(1, "attend_with_shared_prompts", truth(False).shape)[0]
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
 def expected_parameters(shape: ModelShape, layout: ParallelConfig, tp_rank: int, pp_rank: int) -> dict[str, tuple]:
     """(shape, dimension of TP) by chunk and Megatron name, from the table."""
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size

@@ -19,8 +19,15 @@ from megatron_rlsc.types import Sample
 
 TEMPERATURE = 0.5
 ALPHA = 0.1
-LENGTHS = {"one": [13], "three": [1, 40, 6], "seven": [1, 30, 7, 3, 12, 2, 19]}
+LENGTHS = {
+    "one": [13],
+    "three": [1, 40, 6],
+    "seven": [1, 30, 7, 3, 12, 2, 19],
+    "siblings": [12, 28, 7, 1, 19, 2, 5],
+}
 """Response tokens of each batch: from the stop token alone to most of a micro-batch."""
+GROUPS = {"siblings": [1, 1, 3, 3, 3, 1, 4]}
+"""Which of them have one prompt: none of the other batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,8 @@ def truth(tied: bool) -> Truth:
         model.config.save_pretrained(folder)
         shape = read_shape(Path(folder))
     batches = {
-        name: reference.draw_samples(model, lengths, temperature=TEMPERATURE) for name, lengths in LENGTHS.items()
+        name: reference.draw_samples(model, lengths, temperature=TEMPERATURE, groups=GROUPS.get(name))
+        for name, lengths in LENGTHS.items()
     }
     return Truth(
         shape=shape,

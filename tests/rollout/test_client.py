@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import json
+import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +21,7 @@ from megatron_rlsc.rollout.dispatch import NoReplicaLeftError
 from megatron_rlsc.rollout.fleet import Fleet, Replica
 from megatron_rlsc.rollout.request import RolloutError, again_seed, request_seed
 from megatron_rlsc.rollout.responses import MalformedAnswerError, StaleSampleError
-from megatron_rlsc.types import Prompt
+from megatron_rlsc.types import Prompt, Sample
 
 Handler = Callable[[httpx.Request], httpx.Response | Awaitable[httpx.Response]]
 STOP, OTHER_STOP, VERSION, LIMIT = 3, 5, "run:7", 4
@@ -393,3 +395,27 @@ def test_answers_are_taken_as_they_are_and_the_rest_later() -> None:
         assert list(begun.groups(seconds=0.3)) == [] and 0.3 <= time.monotonic() - start < 5
         let_go.set()
         assert [group[0].group for group in begun.groups()] == [1]
+
+
+def test_a_group_is_kept_as_it_ends_whether_or_not_anybody_waits() -> None:
+    """And what cannot be kept is heard of by whoever waits: here a disk that is full at the second."""
+    kept: queue.SimpleQueue[int] = queue.SimpleQueue()
+    let_go = threading.Event()
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/metrics" and json.loads(request.content)["token_ids"] == [1]:
+            while not let_go.is_set():
+                await asyncio.sleep(0.01)
+        return httpx.Response(200, json=GOOD)
+
+    def keep(group: list[Sample]) -> None:
+        kept.put(group[0].group)
+        if group[0].group == 1:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    with build_client(handler).begin(PROMPTS, step=2, version=VERSION, keep=keep) as begun:
+        assert kept.get(timeout=60) == 0
+        let_go.set()
+        assert kept.get(timeout=60) == 1
+        with pytest.raises(OSError, match="no space left"):
+            list(begun.groups())

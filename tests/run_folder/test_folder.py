@@ -152,6 +152,7 @@ OTHER = {
     "samples_per_prompt": 3,
     "temperature": 0.7,
     "max_response_length": 9,
+    "rollout_lead": 1,
     "replay_rollouts": Path("journal"),
     "objective": "ttrl",
     "alpha": 0.2,
@@ -186,6 +187,7 @@ def test_another_objective_or_other_data_are_refused_unless_named(config: Config
     open_and_close(other, resume=True)  # from now on it is the run's
 
 
+@pytest.mark.parametrize("lead", [0, 1])
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
@@ -201,9 +203,13 @@ def test_another_objective_or_other_data_are_refused_unless_named(config: Config
     ids=str,
 )
 def test_what_of_the_journal_the_run_would_sample_itself(
-    config: Config, run: Path, changes: dict[str, dict[str, object]], left: list[int]
+    config: Config, run: Path, changes: dict[str, dict[str, object]], left: list[int], lead: int
 ) -> None:
-    """The checkpoint is of step 2: what was sampled for step 3 is of its weights, and for step 4 of an update more."""
+    """The checkpoint is of step 2: what was sampled for step 3 is of its weights, and for step 4 of an update more.
+    With a lead each is of a step earlier's."""
+    if lead:
+        open_and_close(changed(config, rollout_lead=1), resume=True, allow_changed=("rollout_lead",))
+        config, left = changed(config, rollout_lead=1), [1, 2, 3, 4] if 3 in left else left
     for step in range(1, 5):
         Journal(run / "rollouts").path(step).write_text("{}\n")
     (run / "checkpoints" / "iter_0000002").mkdir(parents=True)
@@ -323,6 +329,7 @@ def test_what_became_of_an_earlier_run_is_not_remembered(config: Config, run: Pa
 def test_overwrite_deletes_what_a_run_writes(config: Config, run: Path) -> None:
     (run / "thesis.tex").write_text("mine")
     (run / "checkpoints").symlink_to(config.model.load)
+    (run / "profile" / "step-000002").mkdir(parents=True)
     open_and_close(config, overwrite=True)
     assert {path.name for path in run.iterdir()} == {"config.toml", "inputs.json", "status", LOCK, "thesis.tex"}
     assert (config.model.load / "config.json").is_file()
