@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from machine import describe
+from provenance import describe
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from machine import describe
+from provenance import describe
 
 from megatron_rlsc.config import GuardConfig
 from megatron_rlsc.guard import Finding, Guard

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 import tyro
-from machine import describe
+from provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools/convert_hf.py"

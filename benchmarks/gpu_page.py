@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from machine import describe
+from provenance import describe
 
 GIB = 2**30
 

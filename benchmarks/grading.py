@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from machine import describe
+from provenance import describe
 
 from megatron_rlsc.evaluation.benchmarks import Benchmark, read_benchmarks
 from megatron_rlsc.evaluation.grading import grade

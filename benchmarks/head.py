@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from machine import describe
+from provenance import describe
 from torch import Tensor
 
 from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import tyro
-from machine import describe
+from provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/benchmark-lead"

@@ -19,7 +19,7 @@ from statistics import median
 import psutil
 import torch
 import tyro
-from machine import describe
+from provenance import describe
 
 from megatron_rlsc.conversion.shape import ModelShape, read_shape
 from megatron_rlsc.rollout.buckets import TensorSpec, checksum

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from machine import describe
+from provenance import describe
 from sides.compare import compare
 from sides.growth import SHAPE, grow
 from sides.page import comparison, growth

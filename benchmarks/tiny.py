@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from machine import describe
+from provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {

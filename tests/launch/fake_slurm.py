@@ -23,7 +23,8 @@ COMMANDS = {
         for word in "$@"; do case $word in --job-name=*) name=${word#*=} ;; esac; done
         printf '%s\\n' "$*" >>"$FAKE/$name.calls"
         echo $BASHPID >"$FAKE/running-$name"
-        trap 'rm -f "$FAKE/running-$name"' EXIT
+        # Deaf as it ends: SIGTERM to the process group would end `rm` as well.
+        trap 'trap "" TERM; rm -f "$FAKE/running-$name"' EXIT
         script=$FAKE/step-${name%%-*}
         if [[ -f $script ]]; then bash "$script" & else sleep 600 & fi
         child=$!
