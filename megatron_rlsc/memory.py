@@ -21,7 +21,7 @@ from megatron_rlsc.conversion.shape import ModelShape
 GIB = 2**30
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 """Of a number, by Megatron-LM's words for dtypes."""
-HEAD_ROWS, HEAD_WORDS = 64, 16384
+HEAD_ROWS, HEAD_WORDS = 32, 16384
 """ROWS and GRADIENT_ROWS of policy/logprobs.py, a floor above; a test measures what comes of them."""
 FIXED_ALLOWANCE = 4 * GIB
 """An assumption, not measured: the CUDA context, NCCL's buffers for TP, PP, DP and the world, workspaces of cuBLAS and
@@ -291,7 +291,7 @@ class _Pass:
     @property
     def logprobs(self) -> int:
         """policy/logprobs.py, from the last norm on: a chunk's logits in float32, and in the dtype that the product has
-        or their gradient goes on in; two steps of some of its rows; a part of the weight's gradient on its way into
+        or their gradient goes on in; some of its rows once more; a part of the weight's gradient on its way into
         the buffer; the hidden states' gradient."""
         if not self.last:
             return 0
@@ -301,5 +301,5 @@ class _Pass:
         logits, low = 4 * tokens * words, self.e * tokens * words if self.e < 4 else 0
         wider = BYTES[self.config.optimizer.main_grads_dtype] > self.e
         product = min(HEAD_WORDS, words) * self.shape.hidden_size * (self.e + self.upcast) if wider else 0
-        sums = 2 * 4 * min(HEAD_ROWS, tokens) * words
+        sums = 4 * min(HEAD_ROWS, tokens) * words
         return norm + self.stream + gathered + 2 * self.hidden + logits + max(low + product, sums)

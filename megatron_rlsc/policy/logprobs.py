@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rlsc.ranges import span
 
-ROWS = 64
+ROWS = 32
 """Tokens whose probabilities are in memory at one time, beside a chunk's logits."""
 GRADIENT_ROWS = 16384
 """Words whose weight gradient is in memory at one time in the weight's dtype, on its way to a wider one."""
@@ -81,9 +81,19 @@ class _Shard:
     """Words from `first` on; the rows behind them are padding."""
     group: dist.ProcessGroup
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[c, present] float32, tempered."""
-        return (hidden @ weight[: self.present].t()).float().div_(self.temperature)
+    def space(self, chunks: Sequence[_Chunk], like: Tensor) -> Tensor:
+        """[c, present] float32, for the logits of any of the chunks."""
+        longest = max((chunk.tokens.stop - chunk.tokens.start for chunk in chunks), default=0)
+        return like.new_empty(longest, self.present, dtype=torch.float32)
+
+    def logits(self, hidden: Tensor, weight: Tensor, space: Tensor) -> Tensor:
+        """[c, present] float32, tempered, where the last chunk's were."""
+        logits, words = space[: len(hidden)], weight[: self.present].t()
+        if hidden.dtype == logits.dtype:
+            torch.mm(hidden, words, out=logits)
+        else:
+            logits.copy_(hidden @ words)
+        return logits.div_(self.temperature)
 
     def own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[c] each: whether this rank's words hold the target, and its column, where they do."""
@@ -163,11 +173,12 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not logits.shape[1]:  # padding alone
         return peak, lse.fill_(-torch.inf), entropy
     torch.amax(logits, -1, out=peak)
+    spare = torch.empty_like(logits[:ROWS])
     for rows, top, to_lse, to_entropy in zip(*(part.split(ROWS) for part in (logits, peak, lse, entropy))):
-        weights = rows.sub_(top[:, None]).exp()
+        weights = torch.exp(rows.sub_(top[:, None]), out=spare[: len(rows)])
         total = weights.sum(-1)
         to_lse.copy_(top + total.log())
-        to_entropy.copy_(total.log() - torch.linalg.vecdot(weights, rows) / total)  # of two that are not negative
+        to_entropy.copy_(total.log() - rows.mul_(weights).sum(-1) / total)  # of two that are not negative
         rows.copy_(weights)
     return peak, lse, entropy
 
@@ -218,9 +229,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lse, logprobs, entropy, foreseen = (hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(4))
         grad_hidden = torch.zeros_like(hidden) if foresee else None
+        space = shard.space(chunks, weight)
         for chunk in chunks:
             here = chunk.tokens
-            logits = shard.logits(hidden[here], weight)
+            logits = shard.logits(hidden[here], weight, space)
             target_logits = shard.pick(logits, targets[here])
             peak, own_lse, own_entropy = _exponentiate(logits)
             lse[here], entropy[here], target_logits = _over_shards(own_lse, own_entropy, target_logits, shard.group)
@@ -231,7 +243,6 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 grad_hidden[here] = shard.gradients(
                     logits, share, foreseen[here], hidden[here], weight, targets[here], weight.main_grad
                 )
-            del logits  # before the next chunk's are made
 
         # Of what was foreseen the backward pass needs no hidden states, and of nothing else their gradient.
         whole = foresee is not None and all(chunk.whole for chunk in chunks)
@@ -250,6 +261,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         known = grad_hidden is not None
         if grad_hidden is None:
             grad_hidden = torch.zeros_like(hidden)
+        space = shard.space([chunk for chunk in ctx.chunks if not (known and chunk.whole)], weight)
         for chunk in ctx.chunks:
             here = chunk.tokens
             if known and chunk.whole:
@@ -257,9 +269,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 agrees = torch.isclose(grad[here], foreseen[here], rtol=FORESEEN_TO, atol=0.0, equal_nan=True).all()
                 torch._assert_async(agrees, "the gradient of the log-probabilities is not what was foreseen")
                 continue
-            p = shard.logits(hidden[here], weight).sub_(lse[here, None]).exp_()
+            p = shard.logits(hidden[here], weight, space).sub_(lse[here, None]).exp_()
             grad_hidden[here] = shard.gradients(p, 1.0, grad[here], hidden[here], weight, targets[here], grad_weight)
-            del p
         dist.all_reduce(grad_hidden, group=shard.group)
         if main_grad is None:
             return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
