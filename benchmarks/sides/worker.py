@@ -17,6 +17,7 @@ import torch
 
 from megatron_rlsc.run_folder.journal import decode
 from sides.measure import measure
+from sides.norm import NormBeforeClipping
 from sides.work import Setup, Side
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     setup = Setup(**setup | {"model": Path(setup["model"])})
     side: Side = importlib.import_module(f"sides.{module}").build(setup)
-    parameters = side.parameters()
+    parameters, norm = side.parameters(), NormBeforeClipping()
     answer = {"parameters": sum(parameter.numel() for parameter in parameters)}
     while True:
         answers.write(json.dumps(answer) + "\n")
@@ -40,6 +41,7 @@ def main() -> None:
         samples = decode(request["samples"].encode())
         step = partial(side.step, samples, request["micro_batch"])
         outcome, cost = measure(step, parameters, setup.device)
+        outcome, cost = norm.exact(outcome), norm.without(cost)
         answer = dataclasses.asdict(outcome) | dataclasses.asdict(cost)
         if "save" in request:
             torch.save(side.weights(), request["save"])
