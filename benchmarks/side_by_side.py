@@ -104,9 +104,10 @@ def main() -> None:
                     groups=args.groups,
                 )
                 page += comparison(name, found)
+                args.output.write_text(page)  # an hour's work: what comes may fail
     if args.growth:
         setup = Setup(model=Path(), device=args.device)
-        page += growth(grow([OURS, HF], setup, threads=args.threads, repeats=repeats), SHAPE)
+        page += growth(grow([LARGE, HF], setup, threads=args.threads, repeats=repeats), SHAPE)
     args.output.write_text(page.rstrip() + "\n")
     print(args.output.read_text())
 
