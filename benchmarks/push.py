@@ -71,7 +71,7 @@ def measure(size: str, args: Args) -> list[str]:
         specs = specs_of(shape)
         weights = {spec.name: torch.randn(spec.shape) * 0.02 for spec in specs}
         nbytes = sum(spec.nbytes for spec in specs)
-        with running(model_dir, args, max_model_len=256) as sidecar:
+        with running(model_dir, args.sidecar_python, max_model_len=256) as sidecar:
             return [row(size, transport, sidecar, specs, weights, nbytes, args) for transport in ("file", "gloo")]
 
 
@@ -123,7 +123,7 @@ def soak(args: Args) -> str:
     prompts = [Prompt(index=i, text="", token_ids=tuple(range(i, i + 8))) for i in range(8)]
     lines, begun = "", time.perf_counter()
     # Of a small KV cache all pages have soon been used; of a large one the system gives page after page.
-    with running(base, args, max_model_len=128, flags=("--num-gpu-blocks-override", "128")) as sidecar:
+    with running(base, args.sidecar_python, max_model_len=128, flags=("--num-gpu-blocks-override", "128")) as sidecar:
         fleet = fleet_of(sidecar)
         client = RolloutClient(
             fleet,
@@ -161,11 +161,13 @@ def soaked(what: str, begun: float) -> str:
 
 
 @contextmanager
-def running(model_dir: Path, args: Args, *, max_model_len: int, flags: Sequence[str] = ()) -> Iterator[Sidecar]:
+def running(
+    model_dir: Path, sidecar_python: Path, *, max_model_len: int, flags: Sequence[str] = ()
+) -> Iterator[Sidecar]:
     """A sidecar that generates."""
     log = Path(tempfile.gettempdir()) / "benchmark-push.log"
     with Sidecar(
-        args.sidecar_python,
+        sidecar_python,
         model_dir,
         dtype="float32",
         max_model_len=max_model_len,

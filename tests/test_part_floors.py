@@ -46,13 +46,13 @@ def test_floors_of_a_step(tmp_path: Path) -> None:
 
 
 def test_floors_of_what_vllm_does(tmp_path: Path) -> None:
+    """Few responses wait for the weights to be read, many for them to be multiplied."""
     write_model(SHAPE, tmp_path)
     shape = read_shape(tmp_path)
-    served = Served(generate=3.0, push=2.0, copy=1.0)
-    few, push = other_parts(shape, 1, served, RATES)
-    assert (few.floor, push.floor) == (64 * 4 * shape.num_parameters, 1.0)
-    many, _ = other_parts(shape, 100, served, RATES)
-    assert many.floor == 64 * 2 * shape.num_parameters * 100
+    few, push = other_parts(shape, 1, Served(generate=3.0, tokens=10, rounds=10, push=2.0, copy=1.0), RATES)
+    assert (few.floor, push.floor) == (10 * 4 * shape.num_parameters, 1.0)
+    many, _ = other_parts(shape, 100, Served(generate=3.0, tokens=1000, rounds=10, push=2.0, copy=1.0), RATES)
+    assert many.floor == 2 * shape.num_parameters * 1000
 
 
 def test_parts_of_a_profile() -> None:
