@@ -15,11 +15,15 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without locks answer: NFS without its lock daemon, Lustre without `-o flock`."""
 
 
+class Held(ValueError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
     """Holds the lock. The kernel lets go of it with the process, however that ends; the file stays.
 
-    Raises ValueError with `refusal`, its `{holder}` filled in, where another process holds it.
+    Raises Held with `refusal`, its `{holder}` filled in, where another process holds it.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -38,7 +42,7 @@ def _lock(descriptor: int, path: Path, refusal: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(refusal.replace("{holder}", path.read_text() or "another process")) from None
+        raise Held(refusal.replace("{holder}", path.read_text() or "another process")) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

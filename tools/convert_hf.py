@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ DTYPES = {
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MAX_WORKERS = 8
 """Their buffers, 130 MB each, stay within the memory that is promised."""
+WAIT_SECONDS = 2.0
+"""Between two looks at what another process writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,8 @@ class ToMegatron(Write):
     """Where the checkpoint goes."""
     dtype: Literal["source", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"] = "source"
     """Of the weights in the checkpoint."""
+    keep: bool = False
+    """Leave a checkpoint of this model that is there already, and wait for one that another process is writing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +129,8 @@ def main() -> None:
             inspect(command)
         elif isinstance(command, Verify):
             verify(command)
+        elif isinstance(command, ToMegatron) and command.keep:
+            write_unless_there(command)
         else:
             write(command)
     except (ValueError, DiskError) as error:
@@ -181,6 +188,31 @@ def sample_tokens(pair: Pair) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(size, (length,), generator=generator) for length in (7, 32, 33)]
     return [torch.tensor(text) for text in texts]
+
+
+def write_unless_there(command: ToMegatron) -> None:
+    """For jobs that begin at once with one model, as those of an array do: the first one writes."""
+    from megatron_rlsc.conversion.folders import is_megatron_checkpoint
+    from megatron_rlsc.conversion.verify import check_model
+    from megatron_rlsc.lock import Held
+
+    if command.overwrite:
+        raise ValueError("--keep and --overwrite: one of them")
+    waits = False
+    while not is_megatron_checkpoint(command.megatron_dir):
+        try:
+            return write(command)
+        except ValueError as error:
+            if is_megatron_checkpoint(command.megatron_dir):
+                break  # another process has been faster
+            if not isinstance(error, Held):
+                raise
+            if not waits:
+                print(f"{error}: this one waits", flush=True)
+            waits = True
+            time.sleep(WAIT_SECONDS)
+    check_model(command.hf_dir, command.megatron_dir)
+    print(f"{command.megatron_dir} is there already, a Megatron checkpoint of {command.hf_dir}")
 
 
 def write(command: ToMegatron | ToHf) -> None:

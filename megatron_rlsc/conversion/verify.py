@@ -107,8 +107,28 @@ def check_manifests(pair: Pair) -> int:
     return count
 
 
-def compare_tensors(pair: Pair, *, workers: int, progress: Callable[[int], None]) -> list[Difference]:
-    """Every tensor that is not the same bits in both, in HF's order. `progress` hears of HF's bytes."""
+def check_model(hf_dir: Path, megatron_dir: Path) -> None:
+    """At a glance: sizes, headers, and the attention of the last layer, which no training leaves as it was.
+
+    Raises ValueError where either is no sound model, or they are not one.
+    """
+    pair = open_pair(hf_dir, megatron_dir)
+    check_sizes(pair.checkpoint.path)
+    looked_at = f"model.layers.{pair.weights.shape.num_hidden_layers - 1}.self_attn."
+    differences = compare_tensors(pair, workers=1, progress=lambda nbytes: None, prefix=looked_at)
+    if differences:
+        raise ValueError(
+            f"{megatron_dir} is of another model than {hf_dir}, by {differences[0].name}: convert it into a folder "
+            f"of another name, or overwrite this one"
+        )
+
+
+def compare_tensors(pair: Pair, *, workers: int, progress: Callable[[int], None], prefix: str = "") -> list[Difference]:
+    """Every tensor that is not the same bits in both, in HF's order. `progress` hears of HF's bytes.
+
+    Args:
+        prefix: compares only the tensors whose names begin so.
+    """
     readers = threading.local()
 
     def compare(item: tuple[str, Iterator[Block]]) -> Difference | None:
@@ -127,7 +147,8 @@ def compare_tensors(pair: Pair, *, workers: int, progress: Callable[[int], None]
             progress(source.numel() * entry.dtype.itemsize)
         return Difference(name=name, numbers=different, of=entry.nbytes // entry.dtype.itemsize) if different else None
 
-    items = hf_blocks(pair.checkpoint, pair.weights.shape, pair.dtype)
+    blocks = hf_blocks(pair.checkpoint, pair.weights.shape, pair.dtype)
+    items = (item for item in blocks if item[0].startswith(prefix))
     with ThreadPoolExecutor(workers) as pool:
         return [difference for difference in pool.map(compare, items) if difference is not None]
 

@@ -88,6 +88,37 @@ def test_two_at_once_do_not_meet(stopped, large, tmp_path):
     assert run("inspect", tmp_path / "m", "--checksums").returncode == 0
 
 
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+def test_a_second_job_with_the_model_waits_for_the_first(stopped, large, tmp_path, end):
+    """And writes it itself where the first does not live to."""
+    sides = ("--hf-dir", large.hf_dir, "--megatron-dir", tmp_path / "m")
+    words = command("to-megatron", "--keep", *sides)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as second:
+        said = [second.stdout.readline() for _ in range(4)]
+        told = f"{tmp_path / 'm'} is being written by process {stopped.pid} on {socket.gethostname()}: wait for it"
+        assert any(told in line for line in said), said
+        stopped.send_signal(end)
+        rest, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, rest
+    assert ("m is there already, a Megatron checkpoint of" in rest) == (end == signal.SIGCONT)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert run("inspect", tmp_path / "m", "--checksums").returncode == 0
+
+
+def test_what_is_kept_is_of_the_model(untied, tmp_path):
+    sides = ("--hf-dir", untied.hf_dir, "--megatron-dir", tmp_path / "m")
+    for told in ("is a Megatron checkpoint of", "is there already"):
+        kept = run("to-megatron", "--keep", *sides)
+        assert kept.returncode == 0 and f"{tmp_path / 'm'} {told}" in kept.stdout, kept.stderr
+    last = max(name for name in untied.state if name.endswith("k_proj.bias"))
+    untied.state[last][3] += 1
+    save_file(untied.state, untied.hf_dir / "model.safetensors", metadata={"format": "pt"})
+    other = run("to-megatron", "--keep", *sides)
+    assert other.returncode == 1
+    assert f"{tmp_path / 'm'} is of another model than {untied.hf_dir}, by {last}: convert it into" in other.stderr
+    assert run("to-megatron", "--keep", "--overwrite", *sides).returncode == 1
+
+
 def test_exit_codes_of_verify(untied, tmp_path):
     sides = ("--hf-dir", untied.hf_dir, "--megatron-dir", tmp_path / "m")
     run("to-megatron", *sides, check=True)

@@ -235,14 +235,15 @@ class Cluster:
             time.sleep(0.25)
 
     def report(self) -> str:
-        """Nodes, jobs, processes and the ends of the daemons' logs, for an error."""
-        parts = []
+        """Nodes, jobs, processes and the ends of the daemons' and of the jobs' logs, for an error."""
+        parts, outputs = [], []
         if "login" in self.machines:
             for command in ("sinfo --Node --long", "scontrol show jobs"):
                 done = self.run(*command.split(), check=False, timeout=30)
                 parts.append(f"---- {command}\n{done.stdout}{done.stderr}")
+                outputs += re.findall(r"StdOut=(\S+)", done.stdout)
         parts += [f"---- {name} runs {command}" for name, commands in self.processes().items() for command in commands]
-        for path in sorted((self.folder / "log").iterdir()):
+        for path in (*sorted((self.folder / "log").iterdir()), *filter(Path.is_file, map(Path, outputs))):
             parts.append(f"---- the end of {path}\n{tail(path)}")
         return "\n".join(parts)
 

@@ -71,13 +71,8 @@ trainer_flags() {
 
 convert_command() {
     begin_step convert 1 "${trainer_nodes[0]}"
-    command+=("${WRAP[@]}" "$TRAINER_PYTHON" tools/convert_hf.py to-megatron --hf-dir "$hf_dir"
+    command+=("${WRAP[@]}" "$TRAINER_PYTHON" tools/convert_hf.py to-megatron --keep --hf-dir "$hf_dir"
         --megatron-dir "$megatron_dir")
-}
-
-inspect_command() {
-    begin_step convert 1 "${trainer_nodes[0]}"
-    command+=("${WRAP[@]}" "$TRAINER_PYTHON" tools/convert_hf.py inspect "$megatron_dir")
 }
 
 # ranks_command NAME PORT PYTHON_ARGUMENT...: one process a rank, on all trainer nodes.

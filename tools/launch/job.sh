@@ -133,13 +133,9 @@ plan_memory() {
     "${command[@]}"
 }
 
-# convert: once; what is there already must be whole.
+# convert: once; what is there already must be whole, and of this model.
 convert() {
-    if [[ -e $megatron_dir/latest_checkpointed_iteration.txt ]]; then
-        inspect_command
-    else
-        convert_command
-    fi
+    convert_command
     stage convert
 }
 
