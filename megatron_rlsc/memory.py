@@ -209,8 +209,6 @@ class _Pass:
         """[t, h] as it lies between the matrices."""
         self.mlp = self.t * shape.intermediate_size // self.tp * self.e
         """[t, f] of this rank."""
-        self.vocabulary = shape.padded_vocab_size // self.tp * shape.hidden_size
-        """Numbers in this rank's embedding, or output layer."""
         pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
         self.run = shape.num_hidden_layers // (pp * vpp)
         self.first, self.last = stage == 0, stage == pp - 1
@@ -269,7 +267,7 @@ class _Pass:
 
     @property
     def backward(self) -> int:
-        """The most beside `kept`: in the last layer, from its MLP's second matrix to its first; in the embedding."""
+        """The most beside `kept`: in the last layer, from its MLP's second matrix to its first."""
         h, f, e = self.shape.hidden_size, self.shape.intermediate_size, self.e
         matrix = f // self.tp * h
         gathered = self.hidden if self.layout.sequence_parallel else 0  # the gradient of fc2's output
@@ -285,8 +283,7 @@ class _Pass:
             count = self.layout.recompute_num_layers or 1
             uniform = self.layout.recompute_method == "uniform"
             layer += self.layer * (min(count, self.run) if uniform else int(count >= self.run))
-        embedding = self.hidden + self.vocabulary * (e + self.upcast) - self.kept if self.first else 0
-        return max(layer, embedding)
+        return layer
 
     @property
     def logprobs(self) -> int:

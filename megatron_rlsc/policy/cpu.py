@@ -121,7 +121,8 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 [],
-                [torch.tensor(steps_done) for _ in params],
+                [torch.tensor(steps_done, device=param.device) for param in params],
+                fused=True,  # all of a tensor's numbers in one pass
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlsc.policy.main_grad import in_main_grad
 from megatron_rlsc.ranges import span
 
 ROWS = 32
@@ -204,17 +205,6 @@ def _over_shards(lse: Tensor, entropy: Tensor, target_logits: Tensor, group: dis
     return peak + sums[0].log(), sums[0].log() + sums[1] / sums[0], sums[2]
 
 
-def _tell_megatron(parameter: Any) -> None:
-    """That `main_grad` has the gradient already (distributed_data_parallel.py's hook on the parameter).
-
-    An embedding with the same weight still has its own to add, by way of `grad`: Megatron marks the weight with
-    `zero_out_wgrad` then. Otherwise the hook only wants to see one, which here takes no memory.
-    """
-    parameter.grad_added_to_main_grad = True
-    if not getattr(parameter, "zero_out_wgrad", False):
-        parameter.grad = parameter.new_zeros(()).expand_as(parameter)
-
-
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     @span("logprobs")
@@ -274,5 +264,5 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         dist.all_reduce(grad_hidden, group=shard.group)
         if main_grad is None:
             return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
-        _tell_megatron(weight)
+        in_main_grad(weight)
         return grad_hidden, None, None, None, None, None

@@ -23,6 +23,7 @@ from megatron_rlsc.config import ModelConfig, ParallelConfig
 from megatron_rlsc.conversion.rules import Spec
 from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.policy.attention import PackedAttention, packed_params
+from megatron_rlsc.policy.embedding import VocabParallelEmbedding
 from megatron_rlsc.policy.kernels import Attention
 from megatron_rlsc.policy.logprobs import Foresee, vocab_parallel_logprobs
 from megatron_rlsc.policy.norm import RMSNorm
@@ -48,6 +49,8 @@ class LogprobGPTModel(GPTModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = VocabParallelEmbedding
         self.pads = pads
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
