@@ -135,6 +135,12 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = int(steps_done) + 1
 
 
+def _scale(chunk_size: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], scale: float) -> None:
+    """As amp_C's; utils.local_multi_tensor_scale makes a second copy of every gradient on the way."""
+    for source, target in zip(*tensors):
+        torch.mul(source, scale, out=target)
+
+
 def _name_cpu_types(function: Any) -> None:
     """Turns the constants 'torch.cuda.FloatTensor' and so on, which `param.type()` is compared with, into CPU ones."""
 
@@ -182,6 +188,7 @@ def install() -> None:
         optimizer.Adam = distributed.Adam = FusedAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+        _core("optimizer.clip_grads").multi_tensor_scale_impl = _scale
     if torch.cuda.is_available():
         return
     # Advice for CUDA streams, given on every rank.
