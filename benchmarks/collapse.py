@@ -8,20 +8,17 @@ Needs matplotlib, of the `report` extra.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from provenance import describe
+from recipe_run import ROOT, RecipeRun, RunArgs
 
 from megatron_rlsc.config import GuardConfig
 from megatron_rlsc.guard import Finding, Guard
 from megatron_rlsc.run_folder.rollbacks import read_rollbacks
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/benchmark-collapse"
 HEALTHY, COLLAPSING = "5e-5", "1e-3"
 """The rate of the recipe, and the lowest of those tried at which the run is lost within 8 steps."""
@@ -33,19 +30,15 @@ PROBLEMS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Args:
-    sidecar_python: Path = ROOT / ".venv-sidecar/bin/python"
-    """Python of the environment that has vLLM."""
+class Args(RunArgs):
     output: Path = ROOT / "benchmarks/collapse.md"
     """The tables."""
     picture: Path = ROOT / "docs/pictures/collapse.svg"
     """The curves."""
-    measure: bool = True
-    """Make the runs that are missing; otherwise write down those that are there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(RecipeRun):
     rate: str
     seed: int
     steps: int
@@ -59,21 +52,18 @@ class Run:
         return RUNS / f"{self.rate}-seed-{self.seed}-{self.on_collapse}{self.label}"
 
     @property
-    def rows(self) -> list[dict[str, float]]:
-        return read(self.folder / "metrics.jsonl")
+    def settings(self) -> tuple[object, ...]:
+        own = ("--lr", self.rate, "--seed", self.seed, "--on-collapse", self.on_collapse)
+        return (*own, "--train-iters", self.steps, *self.flags)
 
     @property
     def accuracy(self) -> dict[int, float]:
         """{step: held-out accuracy after it, in percent}"""
-        return {int(row["step"]): row["held_out/accuracy"] for row in read(self.folder / "held_out.jsonl")}
-
-    @property
-    def status(self) -> str:
-        path = self.folder / "status"
-        return path.read_text().strip() if path.is_file() else ""
+        return {step: row["held_out/accuracy"] for step, row in self.held_out.items()}
 
     @property
     def ended(self) -> bool:
+        """A run that ends in a collapse has ended too."""
         return self.status.startswith(("done", "failed: collapse"))
 
 
@@ -98,33 +88,11 @@ WELL = [Run(rate=HEALTHY, seed=seed, steps=20, on_collapse="stop", flags=ENDS) f
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     for run in [*GUARDED, *BACK, *WELL, *SWEEP] if args.measure else []:
-        if not run.ended:
-            make(run, args.sidecar_python)
+        run.make(args.sidecar_python, PROBLEMS)
         args.output.write_text(page())
     args.output.write_text(page())
     draw(args.picture)
     print(args.output.read_text())
-
-
-def make(run: Run, sidecar_python: Path) -> None:
-    """One run, on one rank: the layout is not what is looked at. One that ends in a collapse ends with code 2."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    problems = RUNS / "problems.jsonl"
-    lines = (ROOT / "examples/data/addition_heldout.jsonl").read_text().splitlines()
-    problems.write_text("".join(f"{line}\n" for line in lines[:PROBLEMS]))
-    print(f"{run.folder.name} ...", flush=True)
-    command = [sys.executable, "-m", "megatron_rlsc", "--config", ROOT / "examples/rlsc_tiny.toml", "--overwrite"]
-    command += ["--load", ROOT / "checkpoints/rlsc-tiny-base", "--sidecar-python", sidecar_python]
-    command += ["--output-dir", run.folder, "--eval-data-path", problems, "--on-collapse", run.on_collapse]
-    command += ["--lr", run.rate, "--seed", run.seed, "--train-iters", run.steps, *run.flags]
-    with (RUNS / f"{run.folder.name}.log").open("w") as log:
-        code = subprocess.run([*map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-    if not run.ended:
-        raise SystemExit(f"{run.folder.name} ended with {code}: {log.name}")
-
-
-def read(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def trips(run: Run, config: GuardConfig | None = None) -> tuple[int, list[Finding]] | None:

@@ -20,10 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_kernels import measure_kernels, profile
 from gpu_page import page
+from qwen2_5 import SIZES, Sizes, shape_of
+
+if TYPE_CHECKING:
+    from megatron_rlsc.conversion.shape import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 3
@@ -36,9 +40,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is trained: hidden, MLP, layers, heads, KV heads, vocabulary; and how."""
+    """What is trained, and how."""
 
-    sizes: tuple[int, int, int, int, int, int]
+    sizes: Sizes
     tied: bool
     max_tokens: int
     """Of a micro-batch."""
@@ -49,12 +53,11 @@ class Case:
     """Fewer layers, where not all of them fit."""
 
 
-QWEN_7B = 3584, 18944, 28, 28, 4, 152064
 CASES = {
-    "0.5B": Case(sizes=(896, 4864, 24, 14, 2, 151936), tied=True, max_tokens=16384, responses=20),
-    "1.5B": Case(sizes=(1536, 8960, 28, 12, 2, 151936), tied=True, max_tokens=8192, responses=16),
-    "7B, layers that fit": Case(sizes=QWEN_7B, tied=False, max_tokens=4096, responses=8, fit=True),
-    "7B, no optimizer": Case(sizes=QWEN_7B, tied=False, max_tokens=4096, responses=4, optimizer=False),
+    "0.5B": Case(sizes=SIZES["0.5B"], tied=True, max_tokens=16384, responses=20),
+    "1.5B": Case(sizes=SIZES["1.5B"], tied=True, max_tokens=8192, responses=16),
+    "7B, layers that fit": Case(sizes=SIZES["7B"], tied=False, max_tokens=4096, responses=8, fit=True),
+    "7B, no optimizer": Case(sizes=SIZES["7B"], tied=False, max_tokens=4096, responses=4, optimizer=False),
 }
 PROFILED = "1.5B"
 SEES_GPU = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -101,24 +104,8 @@ def python_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def shape_of(case: Case, *, tiny: bool) -> Any:
-    from megatron_rlsc.conversion.shape import ModelShape
-
-    hidden, mlp, layers, heads, kv_heads, vocabulary = (128, 256, 2, 4, 2, 1003) if tiny else case.sizes
-    return ModelShape(
-        vocab_size=vocabulary,
-        padded_vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=case.tied,
-    )
+def shape_of_case(case: Case, *, tiny: bool) -> ModelShape:
+    return shape_of((128, 256, 2, 4, 2, 1003) if tiny else case.sizes, tied=case.tied)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +120,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from megatron_rlsc.timing import token_work
 
     case = CASES[name]
-    shape = shape_of(case, tiny=args.tiny)
+    shape = shape_of_case(case, tiny=args.tiny)
     prompt, response, max_tokens, responses = PROMPT, RESPONSE, case.max_tokens, case.responses
     if args.tiny:
         prompt, response, max_tokens, responses = 8, 24, 128, 4

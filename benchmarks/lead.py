@@ -8,9 +8,6 @@ Needs matplotlib, of the `report` extra.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,8 +15,8 @@ from statistics import fmean, median
 
 import tyro
 from provenance import describe
+from recipe_run import ROOT, RecipeRun, RunArgs
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/benchmark-lead"
 STEPS, EVAL_INTERVAL, PROBLEMS = 20, 2, 200
 RECIPE = "5e-5"
@@ -30,19 +27,15 @@ COLOURS = ("tab:blue", "tab:red")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Args:
-    sidecar_python: Path = ROOT / ".venv-sidecar/bin/python"
-    """Python of the environment that has vLLM."""
+class Args(RunArgs):
     output: Path = ROOT / "benchmarks/lead.md"
     """The tables."""
     picture: Path = ROOT / "docs/pictures/lead.svg"
     """The curves."""
-    measure: bool = True
-    """Make the runs that are missing; otherwise write down those that are there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(RecipeRun):
     rate: str
     seed: int
     lead: int
@@ -52,18 +45,9 @@ class Run:
         return RUNS / f"{self.rate}-seed-{self.seed}-lead-{self.lead}"
 
     @property
-    def rows(self) -> list[dict[str, float]]:
-        return read(self.folder / "metrics.jsonl")
-
-    @property
-    def held_out(self) -> dict[int, dict[str, float]]:
-        """{step: figures of the evaluation after it}"""
-        return {int(row["step"]): row for row in read(self.folder / "held_out.jsonl")}
-
-    @property
-    def ended(self) -> bool:
-        path = self.folder / "status"
-        return path.is_file() and path.read_text().startswith("done")
+    def settings(self) -> tuple[object, ...]:
+        own = ("--lr", self.rate, "--seed", self.seed, "--rollout-lead", self.lead)
+        return (*own, "--train-iters", STEPS, "--eval-interval", EVAL_INTERVAL, "--show-prompts", 0)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -92,34 +76,11 @@ MADE = [
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     for run in MADE if args.measure else []:
-        if not run.ended:
-            make(run, args.sidecar_python)
+        run.make(args.sidecar_python, PROBLEMS)
         args.output.write_text(page())
     args.output.write_text(page())
     draw(args.picture)
     print(args.output.read_text())
-
-
-def make(run: Run, sidecar_python: Path) -> None:
-    """One run, on one rank: so trainer and vLLM have a core each, as elsewhere they have GPUs."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    problems = RUNS / "problems.jsonl"
-    lines = (ROOT / "examples/data/addition_heldout.jsonl").read_text().splitlines()
-    problems.write_text("".join(f"{line}\n" for line in lines[:PROBLEMS]))
-    print(f"{run.folder.name} ...", flush=True)
-    command = [sys.executable, "-m", "megatron_rlsc", "--config", ROOT / "examples/rlsc_tiny.toml", "--overwrite"]
-    command += ["--load", ROOT / "checkpoints/rlsc-tiny-base", "--sidecar-python", sidecar_python]
-    command += ["--output-dir", run.folder, "--eval-data-path", problems, "--eval-interval", EVAL_INTERVAL]
-    command += ["--lr", run.rate, "--seed", run.seed, "--train-iters", STEPS, "--rollout-lead", run.lead]
-    command += ["--show-prompts", "0"]
-    with (RUNS / f"{run.folder.name}.log").open("w") as log:
-        code = subprocess.run([*map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"{run.folder.name} ended with {code}: {log.name}")
-
-
-def read(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def row_of(run: Run) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from qwen2_5 import SIZES, shape_of
 
 from megatron_rlsc.config import Config, DataConfig, ModelConfig, TrainConfig
-from megatron_rlsc.conversion.shape import ModelShape
 from megatron_rlsc.memory import GIB
 from megatron_rlsc.proposals import Proposal, propose
 from megatron_rlsc.timing import GPUS, Work
@@ -22,13 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GPU = "a100-80gb"
 NUMBERS = (8, 16, 32, 64, 128, 256, 512)
 WORK = Work(responses=64 * 16, prompt=128, response=1024, longest=3072)
-SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary
-    "7B": (3584, 18944, 28, 28, 4, 152064),
-    "14B": (5120, 13824, 48, 40, 8, 152064),
-    "32B": (5120, 27648, 64, 40, 8, 152064),
-    "72B": (8192, 29568, 80, 64, 8, 152064),
-}
-"""Of the models' config.json."""
+SIZES_SHOWN = "7B", "14B", "32B", "72B"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +38,7 @@ def main() -> None:
         data=DataConfig(prompts_per_step=64),
         train=TrainConfig(max_tokens_per_micro_batch=4096),
     )
-    rows = [row(name, number, config) for name in SHAPES for number in NUMBERS]
+    rows = [row(name, number, config) for name in SIZES_SHOWN for number in NUMBERS]
     args.output.write_text(
         "# Layouts on A100s: predicted, not measured\n\n"
         "Made by `python benchmarks/plans.py`: the quickest split and layout that fits, as `tools/plan_parallelism.py` "
@@ -59,23 +53,8 @@ def main() -> None:
 
 
 def row(name: str, gpus: int, config: Config) -> str:
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[name]
-    shape = ModelShape(
-        vocab_size=vocabulary,
-        padded_vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=False,
-    )
     try:
-        best = propose(shape, config, GPUS[GPU], gpus=gpus, work=WORK)[0]
+        best = propose(shape_of(SIZES[name], tied=False), config, GPUS[GPU], gpus=gpus, work=WORK)[0]
     except ValueError:
         return f"| {name} | {gpus} | does not fit | | | | | | | | | |\n"
     return f"| {name} | {gpus} | {cells(best)} |\n"

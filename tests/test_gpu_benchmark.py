@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu import CASES, flops, shape_of  # noqa: E402
+from gpu import CASES, flops, shape_of_case  # noqa: E402
 
 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_flops() -> None:
     """2 layers of 128, MLP 256, 4 heads on 2 KV heads of 32, vocabulary 1003; documents of 10 and 20 tokens, of which 5
     and 7 are responses."""
-    shape = shape_of(CASES["0.5B"], tiny=True)
+    shape = shape_of_case(CASES["0.5B"], tiny=True)
     # q and o 128 x 128, k and v 128 x 64 each, three matrices of 128 x 256
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
     # q k' and p v of 128 columns, half of each: 10^2 + 20^2 pairs, 2 FLOPs
@@ -50,6 +50,6 @@ def test_flops() -> None:
 
 def test_the_shapes_are_qwens() -> None:
     """Parameters of the models' cards: 0.49, 1.54 and 7.61 billion."""
-    sizes = {name: shape_of(case, tiny=False).num_parameters / 1e9 for name, case in CASES.items()}
+    sizes = {name: shape_of_case(case, tiny=False).num_parameters / 1e9 for name, case in CASES.items()}
     assert [round(size, 2) for size in sizes.values()] == [0.49, 1.54, 7.62, 7.62]
-    assert not shape_of(replace(CASES["0.5B"], tied=False), tiny=False).tie_word_embeddings
+    assert not shape_of_case(replace(CASES["0.5B"], tied=False), tiny=False).tie_word_embeddings
