@@ -1,10 +1,11 @@
 """The log-probability head against its floor, the matrix products that it cannot do without: benchmarks/head.md.
 
 python benchmarks/head.py [--tokens 1024 2048 4096] [--hidden 896 3584] [--vocabulary 152064] [--threads 2]
+python benchmarks/head.py --dtype bfloat16 --tokens 32768 --hidden 3584 --repeats 0 --output benchmarks/head_32k.md
 
-Forward and backward, in turn with the products alone and with plain torch (all logits, log_softmax), on one rank, in
-float32 on a CPU and bfloat16 on a GPU. The bytes are what is live at most beyond hidden states, weight and the buffer
-of its gradient.
+Forward and backward, in turn with the products alone and with plain torch (all logits, log_softmax), on one rank. The
+bytes are what is live at most beyond hidden states, weight and the buffer of its gradient. Plain torch is left out
+where its logits do not fit a fifth of the machine's memory; without repeats nothing is timed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import os
 import shlex
 import statistics
 import sys
@@ -42,10 +44,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU and bfloat16 on a GPU")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/head.md", help="the page")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     rows = ""
     for hidden_size in args.hidden:
         for tokens in args.tokens:
@@ -64,7 +68,7 @@ def main() -> None:
         "| hidden | tokens | floor of 3, s | whole / floor of 3 | whole / floor of 4 | cut / floor of 4 "
         "| plain / whole | whole, MiB | cut, MiB | plain, MiB |\n|---|---|---|---|---|---|---|---|---|---|\n" + rows
     )
-    (ROOT / "benchmarks/head.md").write_text(page)
+    args.output.write_text(page)
     dist.destroy_process_group()
 
 
@@ -79,21 +83,35 @@ def measure(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, 
         "floor of 4": lambda: products(hidden, weight, buffer, logits_again=True),
         "whole": lambda: ours(hidden, weight, buffer, targets, foreseen=True),
         "cut": lambda: ours(hidden, weight, buffer, targets, foreseen=False),
-        "plain": lambda: plain(hidden, weight, targets),
     }
+    if 4 * tokens * vocabulary < memory(device) / 5:
+        passes["plain"] = lambda: plain(hidden, weight, targets)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + 1 if repeats else 0):
         for name, run in passes.items():
             taken = timed(run, device)
             if turn:  # the first is a warm-up
                 seconds[name].append(taken)
-    peaks = {name: peak(passes[name], device) / 2**20 for name in ("whole", "cut", "plain")}
-    s = {name: statistics.median(values) for name, values in seconds.items()}
-    return (
-        f"| {hidden_size} | {tokens} | {s['floor']:.3g} | {s['whole'] / s['floor']:.2f} "
-        f"| {s['whole'] / s['floor of 4']:.2f} | {s['cut'] / s['floor of 4']:.2f} | {s['plain'] / s['whole']:.2f} "
-        f"| {peaks['whole']:.0f} | {peaks['cut']:.0f} | {peaks['plain']:.0f} |\n"
-    )
+    s = {name: statistics.median(values) for name, values in seconds.items() if values}
+
+    def ratio(name: str, to: str) -> str:
+        return f"{s[name] / s[to]:.2f}" if name in s and to in s else ""
+
+    def peak_of(name: str) -> str:
+        hidden.grad = weight.grad = None
+        return f"{peak(passes[name], device) / 2**20:.0f}" if name in passes else ""
+
+    cells = [hidden_size, tokens, f"{s['floor']:.3g}" if s else "", ratio("whole", "floor")]
+    cells += [ratio("whole", "floor of 4"), ratio("cut", "floor of 4"), ratio("plain", "whole")]
+    cells += [peak_of("whole"), peak_of("cut"), peak_of("plain")]
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def memory(device: str) -> int:
+    """Bytes that the device has."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ GIB = 2**30
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 """Of a number, by Megatron-LM's words for dtypes."""
 HEAD_ROWS, HEAD_WORDS = 32, 16384
-"""ROWS and GRADIENT_ROWS of policy/logprobs.py, a floor above; a test measures what comes of them."""
+"""ROWS and WORDS of policy/logprobs.py, a floor above; a test measures what comes of them."""
 FIXED_ALLOWANCE = 4 * GIB
 """An assumption, not measured: the CUDA context, NCCL's buffers for TP, PP, DP and the world, workspaces of cuBLAS and
 cuDNN, and the 0.8 GiB that a GPU of 80 GiB does not hand out."""
@@ -287,16 +287,17 @@ class _Pass:
 
     @property
     def logprobs(self) -> int:
-        """policy/logprobs.py, from the last norm on: a chunk's logits in float32, and in the dtype that the product has
-        or their gradient goes on in; some of its rows once more; a part of the weight's gradient on its way into
-        the buffer; the hidden states' gradient."""
+        """policy/logprobs.py, from the last norm on: a chunk's logits in float32; some of its rows once more, or some of
+        its words in a narrower dtype, with their parts of the gradients of hidden states and weight; the hidden states'
+        gradient."""
         if not self.last:
             return 0
         tokens, words = min(self.config.model.logprob_chunk_tokens, self.t), self.shape.padded_vocab_size // self.tp
         norm = self.stream if self.te else self.norm - self.stream
         gathered = self.hidden if self.layout.sequence_parallel else 0
-        logits, low = 4 * tokens * words, self.e * tokens * words if self.e < 4 else 0
+        logits, few = 4 * tokens * words, min(HEAD_WORDS, words)
+        low = tokens * (self.e * few + (4 + self.e) * self.shape.hidden_size) if self.e < 4 else 0
         wider = BYTES[self.config.optimizer.main_grads_dtype] > self.e
-        product = min(HEAD_WORDS, words) * self.shape.hidden_size * (self.e + self.upcast) if wider else 0
+        product = few * self.shape.hidden_size * (self.e + self.upcast) if wider else 0
         sums = 4 * min(HEAD_ROWS, tokens) * words
         return norm + self.stream + gathered + 2 * self.hidden + logits + max(low + product, sums)

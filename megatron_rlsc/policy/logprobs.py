@@ -15,8 +15,8 @@ from megatron_rlsc.ranges import span
 
 ROWS = 32
 """Tokens whose probabilities are in memory at one time, beside a chunk's logits."""
-GRADIENT_ROWS = 16384
-"""Words whose weight gradient is in memory at one time in the weight's dtype, on its way to a wider one."""
+WORDS = 16384
+"""Words whose logits, or gradients, are in memory at one time in the weight's dtype, where that is a narrower one."""
 FORESEEN_TO = 1e-2
 """The relative difference of a foreseen gradient: sums of log p in another order, exponentiated."""
 
@@ -89,11 +89,12 @@ class _Shard:
 
     def logits(self, hidden: Tensor, weight: Tensor, space: Tensor) -> Tensor:
         """[c, present] float32, tempered, where the last chunk's were."""
-        logits, words = space[: len(hidden)], weight[: self.present].t()
+        logits, rows = space[: len(hidden)], weight[: self.present]
         if hidden.dtype == logits.dtype:
-            torch.mm(hidden, words, out=logits)
+            torch.mm(hidden, rows.t(), out=logits)
         else:
-            logits.copy_(hidden @ words)
+            for columns, words in zip(logits.split(WORDS, dim=1), rows.split(WORDS)):
+                columns.copy_(hidden @ words.t())
         return logits.div_(self.temperature)
 
     def own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,9 +133,7 @@ class _Shard:
         if self.present:
             holds, columns = self.own(targets)
             grad_logits.scatter_add_(1, columns[:, None], scale.where(holds, 0.0)[:, None])
-        grad_logits = grad_logits.to(weight.dtype)
-        _add_product(grad_weight[: self.present], grad_logits, hidden)
-        return grad_logits @ weight[: self.present]
+        return _products(grad_logits, hidden, weight[: self.present], grad_weight[: self.present])
 
 
 @dataclass(frozen=True)
@@ -184,13 +183,21 @@ def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return peak, lse, entropy
 
 
-def _add_product(gradient: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """gradient += grad_logits.T @ hidden, [v, h], with no second [v, h] where the dtypes differ."""
-    if gradient.dtype == hidden.dtype:
-        gradient.addmm_(grad_logits.t(), hidden)
-        return
-    for rows, columns in zip(gradient.split(GRADIENT_ROWS), grad_logits.split(GRADIENT_ROWS, dim=1)):
-        rows += columns.t() @ hidden
+def _products(grad_logits: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """grad_logits @ weight, [c, h], and grad_weight += grad_logits.T @ hidden, [v, h], with no second [c, v] or [v, h]
+    where the dtypes differ."""
+    if weight.dtype == grad_logits.dtype:
+        grad_weight.addmm_(grad_logits.t(), hidden)
+        return grad_logits @ weight
+    grad_hidden = torch.zeros_like(hidden, dtype=grad_logits.dtype)
+    for columns, words, rows in zip(grad_logits.split(WORDS, dim=1), weight.split(WORDS), grad_weight.split(WORDS)):
+        low = columns.to(weight.dtype)
+        grad_hidden += low @ words
+        if rows.dtype == low.dtype:
+            rows.addmm_(low.t(), hidden)
+        else:
+            rows += low.t() @ hidden
+    return grad_hidden.to(hidden.dtype)
 
 
 def _over_shards(lse: Tensor, entropy: Tensor, target_logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:

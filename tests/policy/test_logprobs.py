@@ -1,7 +1,4 @@
-"""vocab_parallel_logprobs alone, against log_softmax in float64.
-
-Not covered: bfloat16.
-"""
+"""vocab_parallel_logprobs alone, against log_softmax in float64."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from live_bytes import counted, peak
 from torch import Tensor
 from world import World
 
+from megatron_rlsc.policy import logprobs as logprobs_module
 from megatron_rlsc.policy.logprobs import vocab_parallel_logprobs
 
 TOKENS, HIDDEN = 11, 6
@@ -202,6 +200,44 @@ def test_gradients_that_are_foreseen(ranks: int, chunk_tokens: int, asked: list[
 def test_a_gradient_that_is_not_the_foreseen_one_is_an_error(world: World) -> None:
     with pytest.raises(Exception, match="not what was foreseen"):
         world.run(1, with_main_grad, 13, 16, 1000, 2.0)
+
+
+def in_bfloat16(words: int, gradients: torch.dtype, foreseen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's answers, of a weight whose products are taken `words` at a time."""
+    logprobs_module.WORDS = words
+    hidden, weight, targets, upstream = inputs(26, 1.0)
+    hidden = hidden.bfloat16().requires_grad_()
+    shard = weight.bfloat16()[dist.get_rank() * 13 :][:13].requires_grad_()
+    shard.main_grad = torch.ones_like(shard, dtype=gradients)
+    logprobs, _ = vocab_parallel_logprobs(
+        hidden,
+        shard,
+        targets,
+        temperature=0.5,
+        vocab_size=26,
+        group=dist.group.WORLD,
+        chunk_tokens=4,
+        responses=(1,) * TOKENS,
+        foresee=(lambda logprobs, tokens, responses: upstream[tokens]) if foreseen else None,
+    )
+    logprobs.backward(upstream)
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    return logprobs.detach(), hidden.grad, shard.main_grad - 1
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+@pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [5, 13])
+def test_bfloat16(words: int, gradients: torch.dtype, foreseen: bool, world: World) -> None:
+    """13 words a rank, at once or in pieces of 5: the numbers of bfloat16 logits, summed in float32."""
+    hidden, weight, targets, upstream = inputs(26, 1.0)
+    expected = exact(hidden.bfloat16(), weight.bfloat16(), targets, upstream, 0.5)
+    answers = world.run(2, in_bfloat16, words, gradients, foreseen)
+    for logprobs, grad_hidden, _ in answers:
+        torch.testing.assert_close(logprobs.double(), expected[0], rtol=0.02, atol=0.05)
+        torch.testing.assert_close(grad_hidden.double(), expected[2], rtol=0.02, atol=0.05)
+    main_grad = torch.cat([answer[2] for answer in answers]).double()
+    torch.testing.assert_close(main_grad, expected[3], rtol=0.02, atol=0.05)
 
 
 def peak_of_a_pass(foreseen: bool) -> int:
