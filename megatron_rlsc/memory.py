@@ -287,9 +287,9 @@ class _Pass:
 
     @property
     def logprobs(self) -> int:
-        """policy/logprobs.py, from the last norm on: a chunk's logits in float32; some of its rows once more, or some of
-        its words in a narrower dtype, with their parts of the gradients of hidden states and weight; the gradient of
-        all hidden states."""
+        """policy/logprobs.py, from the last norm on: a chunk's logits in float32; some of its rows once more, or some
+        of its words in a narrower dtype, with their parts of the gradients of hidden states and weight; the gradient
+        of all hidden states."""
         if not self.last:
             return 0
         tokens, words = min(self.config.model.logprob_chunk_tokens, self.t), self.shape.padded_vocab_size // self.tp
