@@ -207,12 +207,14 @@ def test_what_a_transformer_engine_layer_keeps_of_7b() -> None:
 
 
 def test_the_head_of_7b() -> None:
-    """A quarter of the vocabulary is 38016 rows. Of 1024 tokens: logits in float32 and bfloat16, 6 bytes; of 16384 rows
-    the weight's gradient in bfloat16. Of 4096 tokens: the last norm's input and output, a quarter each; gathered, those
-    of them that are responses, and the gradient of these, whole."""
+    """A quarter of the vocabulary is 38016 rows. Of 1024 tokens: logits in float32; of 16384 rows at a time these, and
+    the weight's gradient, in bfloat16; the hidden states' gradient as it is summed in float32, and once in bfloat16. Of
+    4096 tokens: the last norm's input and output, a quarter each; gathered, those of them that are responses, and the
+    gradient of these, whole."""
     (stage,) = te_stages(QWEN25_7B, configured(tensor_model_parallel_size=4, sequence_parallel=True))
     rows = 4096 * 3584 * 2
-    assert stage.logprobs == 2 * (rows // 4) + 3 * rows + 6 * 1024 * 38016 + 2 * 16384 * 3584
+    chunk = 4 * 1024 * 38016 + 2 * 1024 * 16384 + 2 * 16384 * 3584 + (4 + 2) * 1024 * 3584
+    assert stage.logprobs == 2 * (rows // 4) + 3 * rows + chunk
 
 
 def test_a_distributed_optimizer_shares_its_state_out_and_gathers_it_for_a_save() -> None:

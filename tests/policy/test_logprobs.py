@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -204,7 +205,11 @@ def test_a_gradient_that_is_not_the_foreseen_one_is_an_error(world: World) -> No
 
 def in_bfloat16(words: int, gradients: torch.dtype, foreseen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's answers, of a weight whose products are taken `words` at a time."""
-    logprobs_module.WORDS = words
+    with patch.object(logprobs_module, "WORDS", words):  # the process is other tests' too
+        return _in_bfloat16(gradients, foreseen)
+
+
+def _in_bfloat16(gradients: torch.dtype, foreseen: bool) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, targets, upstream = inputs(26, 1.0)
     hidden = hidden.bfloat16().requires_grad_()
     shard = weight.bfloat16()[dist.get_rank() * 13 :][:13].requires_grad_()
