@@ -3,9 +3,10 @@
 bash benchmarks/sides/trl_env.sh /tmp/trl
 python benchmarks/side_by_side.py --trl-python /tmp/trl/bin/python
 
-Random models of Qwen2.5's architecture in float32, random responses. Each side is a process of its own, so that its
-peak of memory is its own; one works at a time, in turn. About 45 minutes on one slow core, with 20 GB of free memory:
-the HF loop takes most of it at micro-batch 16. --quick is a few minutes on a small model, and says less.
+Random models of Qwen2.5's architecture in float32, random responses. Each micro-batch size of each side is a process of
+its own: the memory that it takes is its own, and so is the heap that its steps leave behind, in which later ones find
+memory without asking the kernel. One works at a time, in turn. About an hour on one slow core, with 24 GB of free
+memory: the HF loop takes 8 of it at micro-batch 16. --quick is a few minutes on a small model, and says less.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from provenance import describe
-from sides.compare import compare
+from sides.compare import Entry, compare
 from sides.growth import SHAPE, grow
 from sides.page import comparison, growth
 from sides.processes import ROOT, Variant, Worker
@@ -39,8 +40,18 @@ ALONE = Variant(
     module="ours",
     settings=PACKS | {"model": PACKS["model"] | {"share_prompts": "off"}},
 )
+RECOMPUTED = Variant(
+    name="ours, layers recomputed",
+    module="ours",
+    settings=PACKS
+    | {"parallel": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}},
+)
 LARGE = Variant(name="ours, packs of up to 8192 tokens", module="ours", settings={"model": PACKS["model"]})
 HF = Variant(name="(a) HF loop", module="hf", micro_batches=(1, 2, 4, 16), shown=(4, 16))
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""For glibc: freed memory stays in the process. As it comes, large tensors are the kernel's again and again."""
+HF_KEEPS = replace(HF, name="(a) HF loop, freed memory kept", micro_batches=(1, 4), shown=(), environment=KEPT)
+OURS_KEEPS = replace(OURS, name="ours, freed memory kept", environment=KEPT)
 PLAIN = Variant(name="(c) plain megatron-core", module="plain_megatron", micro_batches=(1, 4))
 
 
@@ -73,21 +84,26 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     repeats = 1 if args.quick else args.repeats
-    sides = [OURS, ALONE, LARGE, HF, PLAIN]
+    sides = [OURS, ALONE, RECOMPUTED, LARGE, OURS_KEEPS, HF, HF_KEEPS, PLAIN]
     if args.trl_python is not None:
         python = args.trl_python.absolute()  # not resolved: a link to it is what makes an environment
-        sides.insert(4, Variant(name="(b) TRL GRPOTrainer", module="trl_grpo", python=python, micro_batches=(4, 16)))
+        sides.insert(-1, Variant(name="(b) TRL GRPOTrainer", module="trl_grpo", python=python, micro_batches=(4, 16)))
     page = head(args)
     shapes = QUICK if args.quick else {t: s for t, s in SHAPES.items() if s.vocab_size in args.vocabularies}
     for title, shape in shapes.items():
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             write_model(shape, Path(folder))
             setup = Setup(model=Path(folder), device=args.device)
-            workers = [stack.enter_context(Worker(side, setup, threads=args.threads)) for side in sides]
+            workers = {
+                Entry(name=side.name, micro_batch=size): stack.enter_context(Worker(side, setup, threads=args.threads))
+                for side in sides
+                for size in side.micro_batches
+            }
             small = draw("uniform", seed=0, vocabulary=shape.vocab_size)[:4]
-            for worker in workers:
-                worker.step(small, 4)  # makes the optimizer's state
-            page += f"## {title[0].upper()}{title[1:]}, {workers[0].parameters / 1e6:.0f} million parameters\n\n"
+            for entry, worker in workers.items():
+                worker.step(small, min(entry.micro_batch, 4))  # makes the optimizer's state
+            parameters = next(iter(workers.values())).parameters
+            page += f"## {title[0].upper()}{title[1:]}, {parameters / 1e6:.0f} million parameters\n\n"
             kinds: dict[str, tuple[Lengths, int]] = {
                 "Long-tailed lengths": ("long-tailed", args.draws),
                 "Uniform lengths": ("uniform", 1),
@@ -127,7 +143,8 @@ def head(args: Args) -> str:
         "the positions behind the prompt; (b) is TRL's trainer with the same responses and loss, without "
         "checkpointing; (c) is megatron-core's GPTModel with its own attention and cross entropy, in our DDP and "
         "optimizer. Each at its best micro-batch, (a) also at 4 and 16, ours in packs of 512 tokens with logits of 256 "
-        "at a time.\n\n"
+        "at a time. Every row is a process of its own, with glibc's heap as it comes; where freed memory is kept, glibc "
+        f"is told to by {' '.join(f'{name}={value}' for name, value in KEPT.items())}.\n\n"
         f"{describe('torch', 'transformers', 'megatron-core')}{', trl 1.16.0' if args.trl_python else ''}.\n\n"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Rounds of all entries."""
+    """Rounds of the chosen entries."""
 
     tried: dict[Entry, Step]
     """The steps that chose the micro-batch, and warmed up."""
@@ -48,25 +48,20 @@ class Comparison:
 
 
 def compare(
-    workers: Sequence[Worker], lengths: Lengths, *, vocabulary: int, draws: int, repeats: int, groups: int
+    workers: Mapping[Entry, Worker], lengths: Lengths, *, vocabulary: int, draws: int, repeats: int, groups: int
 ) -> Comparison:
-    """Every worker at its quickest micro-batch, and at those that are shown; raises ValueError where two of them do not
+    """Every side at its quickest micro-batch, and at those that are shown; raises ValueError where two of them do not
     agree."""
     batches = [draw(lengths, seed=seed, vocabulary=vocabulary, groups=groups) for seed in range(draws)]
-    by_entry = {
-        Entry(name=worker.variant.name, micro_batch=size): worker
-        for worker in workers
-        for size in worker.variant.micro_batches
-    }
-    tried = {entry: take(worker, entry, batches[0]) for entry, worker in by_entry.items()}
+    tried = {entry: take(worker, entry, batches[0]) for entry, worker in workers.items()}
     differences = [agree(list(tried.values()))]
     best = quickest(tried)
-    chosen = [entry for entry, worker in by_entry.items() if entry in best or entry.micro_batch in worker.variant.shown]
+    chosen = [entry for entry, worker in workers.items() if entry in best or entry.micro_batch in worker.variant.shown]
     rounds = []
     for _ in range(repeats):
         for samples in batches:
             first = len(rounds) % len(chosen)  # none is always behind the same one
-            steps = {entry: take(by_entry[entry], entry, samples) for entry in chosen[first:] + chosen[:first]}
+            steps = {entry: take(workers[entry], entry, samples) for entry in chosen[first:] + chosen[:first]}
             differences.append(agree(list(steps.values())))
             rounds.append({entry: steps[entry] for entry in chosen})
     return Comparison(tried=tried, rounds=rounds, difference=max(differences))

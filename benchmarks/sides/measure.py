@@ -37,7 +37,9 @@ def measure(call: Callable[[], T], parameters: Sequence[Any], device: str) -> tu
     if device == "cuda":
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    return result, Cost(seconds=seconds, cpu=cpu, peak=highest(device) - before + held)
+    cost = Cost(seconds=seconds, cpu=cpu, peak=highest(device) - before + held)
+    give_back()  # while this process waits, others work
+    return result, cost
 
 
 def start(device: str) -> int:
@@ -47,9 +49,14 @@ def start(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would be taken again unseen
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
+
+
+def give_back() -> None:
+    """Freed memory that glibc keeps: what is taken of it again would not be seen."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def highest(device: str) -> int:

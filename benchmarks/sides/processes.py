@@ -34,6 +34,8 @@ class Variant:
     """Those of them that are measured whether or not they are the quickest."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of ours, by section of the recipe."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of its processes, besides."""
     python: Path = field(default_factory=lambda: Path(sys.executable))
 
 
@@ -55,7 +57,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=environment(setup, threads),
+                env=environment(setup, threads) | variant.environment,
             )
         self.parameters: int = self._read()["parameters"]
 
