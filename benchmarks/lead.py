@@ -2,7 +2,7 @@
 
 python benchmarks/lead.py --sidecar-python .venv-sidecar/bin/python
 
-Four minutes a run on two idle cores. A run that has ended is not made again: the command goes on where it was ended.
+A minute and a half a run on two idle cores. A run that has ended is not made again: the command goes on where it was ended.
 Needs matplotlib, of the `report` extra.
 """
 
@@ -141,7 +141,8 @@ def draw(path: Path) -> None:
         below = [low + high for low, high in zip(below, seconds)]
     bars.set_title("seconds of a step, median")
     bars.tick_params(axis="x", labelsize=8)
-    bars.legend()
+    bars.margins(y=0.15)
+    bars.legend(loc="upper center", ncols=len(PHASES))
     path.parent.mkdir(parents=True, exist_ok=True)
     pyplot.savefig(path, metadata={"Date": None})
 
