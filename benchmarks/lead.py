@@ -2,7 +2,8 @@
 
 python benchmarks/lead.py --sidecar-python .venv-sidecar/bin/python
 
-A minute and a half a run on two idle cores. A run that has ended is not made again: the command goes on where it was ended.
+A minute and a half a run on two idle cores. A run that has ended is not made again: the command goes on where it was
+ended.
 Needs matplotlib, of the `report` extra.
 """
 

@@ -143,8 +143,8 @@ def head(args: Args) -> str:
         "the positions behind the prompt; (b) is TRL's trainer with the same responses and loss, without "
         "checkpointing; (c) is megatron-core's GPTModel with its own attention and cross entropy, in our DDP and "
         "optimizer. Each at its best micro-batch, (a) also at 4 and 16, ours in packs of 512 tokens with logits of 256 "
-        "at a time. Every row is a process of its own, with glibc's heap as it comes; where freed memory is kept, glibc "
-        f"is told to by {' '.join(f'{name}={value}' for name, value in KEPT.items())}.\n\n"
+        "at a time. Every row is a process of its own, with glibc's heap as it comes; where freed memory is kept, "
+        f"glibc is told to by {' '.join(f'{name}={value}' for name, value in KEPT.items())}.\n\n"
         f"{describe('torch', 'transformers', 'megatron-core')}{', trl 1.16.0' if args.trl_python else ''}.\n\n"
     )
 
