@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -87,6 +86,7 @@ class Sidecar:
         self.log_path = log_path
         self._python = python
         self._port = port
+        self._held_port: socket.socket | None = None
         self._timeout = timeout
         self._keeper: subprocess.Popen[bytes] | None = None
         self._terminated: float | None = None
@@ -112,7 +112,7 @@ class Sidecar:
     def check(self) -> None:
         """Raises SidecarError for a Python without vLLM and for a port in use, before anything has been started."""
         require_vllm(self._python)
-        _free_port(self._port)
+        _hold_port(self._port).close()
 
     def start(self) -> None:
         """Starts the process tree, again where one has ended, and returns. Call it on the main thread: the kernel ties
@@ -122,7 +122,8 @@ class Sidecar:
         self.stop()
         assert threading.current_thread() is threading.main_thread(), "a sidecar dies with the thread that started it"
         require_vllm(self._python)
-        port = _free_port(self._port)
+        self._held_port = _hold_port(self._port)
+        port = self._held_port.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         # Private (0700), with room for a copy of the weights, and a short name: vLLM's sockets lie in it, at most 107
         # bytes long.
@@ -199,6 +200,9 @@ class Sidecar:
         while not self.has_ended():
             time.sleep(0.02)
         self._keeper = self._terminated = None
+        if self._held_port is not None:
+            self._held_port.close()
+            self._held_port = None
         if self.run_dir is not None:
             shutil.rmtree(self.run_dir, ignore_errors=True)  # the keeper has done it, if it got that far
             self.run_dir = None
@@ -262,12 +266,15 @@ def core_shares(replicas: int, tensor_parallel_size: int) -> list[str]:
     return ["|".join(workers[i * tensor_parallel_size : (i + 1) * tensor_parallel_size]) for i in range(replicas)]
 
 
-def _free_port(port: int) -> int:
-    """The port, checked, or one that the kernel finds. Raises SidecarError if it is taken."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise SidecarError(f"port {port} of 127.0.0.1: {error.strerror}. Take another --sidecar-port") from error
-        return int(probe.getsockname()[1])
+def _hold_port(port: int) -> socket.socket:
+    """A socket that is bound to the port, or to a free one for 0, and does not listen: until vLLM does, many seconds
+    later, the kernel gives the port to nobody who asks for any, neither to listen nor to connect from. vLLM, which asks
+    for it by its number, gets it, since both set SO_REUSEADDR. Raises SidecarError if it is taken."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind(("127.0.0.1", port))
+    except OSError as error:
+        held.close()
+        raise SidecarError(f"port {port} of 127.0.0.1: {error.strerror}. Take another --sidecar-port") from error
+    return held

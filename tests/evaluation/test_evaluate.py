@@ -134,9 +134,10 @@ def test_a_training_checkpoint(
 @pytest.fixture
 def endpoint(base_model: Path, sidecar_python: Path, tmp_path: Path) -> Iterator[str]:
     """vLLM's own OpenAI server, with the model's weights and tokenizer from its folder."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = socket.socket()  # nobody else gets the port; vLLM, which sets SO_REUSEADDR too, does
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     log = (tmp_path / "vllm.log").open("wb")
     process = subprocess.Popen(
@@ -164,6 +165,7 @@ def endpoint(base_model: Path, sidecar_python: Path, tmp_path: Path) -> Iterator
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
         log.close()
+        held.close()
 
 
 def test_an_endpoint(evaluated: Path, problems: Path, endpoint: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from processes import descendants, is_running, shared_memory
 from served_tiny import MAX_MODEL_LEN, PROMPTS, YARN, TinyModel, build_client, build_tiny
@@ -54,6 +55,17 @@ def test_a_port_in_use_is_named(sidecar_python: Path, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SidecarError, match=rf"port {port} of 127\.0\.0\.1: Address already in use"):
             build_sidecar(sidecar_python, tmp_path, tmp_path, port=port).start()
+
+
+def test_nobody_gets_the_port_before_vllm_listens(sidecar_python: Path, tmp_path: Path) -> None:
+    """Which takes it many seconds after it was chosen."""
+    with build_sidecar(sidecar_python, tmp_path, tmp_path) as sidecar, socket.socket() as stranger:
+        port = httpx.URL(sidecar.url).port
+        assert port
+        with pytest.raises(OSError, match="Address already in use"):
+            stranger.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)):
+        pass  # free again
 
 
 def test_a_sidecar_that_dies_at_the_start_shows_its_last_words(sidecar_python: Path, tmp_path: Path) -> None:
