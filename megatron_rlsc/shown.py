@@ -1,6 +1,7 @@
 """The same few prompts, answered by every step's weights, for people to read: asked while the next step trains.
 
-Nobody waits for a long answer: what has not ended when the step has trained is left out.
+Nobody waits for a long answer: what has not ended when the step has trained is left out. But for the base's and the
+last step's, which reports set side by side.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ WAIT_SHARE = 0.02
 """Of the seconds that a step trains: so long, and no longer, are late answers waited for."""
 REQUESTS = -1
 """The `step` of their requests: 0 is that of held-out problems, which may be under way at the same time."""
-LAST_SECONDS = 60.0
-"""After the last step, when nothing else is to be done."""
+PATIENCE_SECONDS = 60.0
+"""For answers of the base, and of the weights after the last step."""
 
 
 class NothingShown:
@@ -84,8 +85,8 @@ class Shown(NothingShown):
         with asked as begun:
             start = time.perf_counter()
             yield
-            last = progress.step == self._total
-            patience = LAST_SECONDS if last else WAIT_SHARE * (time.perf_counter() - start)
+            needed = progress.step in (0, self._total)
+            patience = PATIENCE_SECONDS if needed else WAIT_SHARE * (time.perf_counter() - start)
             samples: dict[int, Sample] = {}
             try:
                 for (sample,) in begun.groups(seconds=patience):

@@ -130,9 +130,10 @@ def test_held_out_problems_are_asked_of_each_steps_weights(run: Run, base_model:
 
 
 def test_prompts_that_are_shown(run: Run, base_model: Path) -> None:
-    """What the export answers greedily stands as the last step's text; one of a step before may have been late."""
+    """What the export answers greedily stands as the last step's text; one of a step in between may have been late."""
     rows = [json.loads(line) for line in (run.folder / "shown.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows} <= {0, 1, 2, 3} and rows[-1]["step"] == STEPS
+    assert {0, STEPS} <= {row["step"] for row in rows} <= {0, 1, 2, 3} and rows[-1]["step"] == STEPS
+    assert len(rows[0]["answers"]) == 3
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.folder / "hf").eval(), load_tokenizer(base_model)
     options = {"do_sample": False, "eos_token_id": list(stop_token_ids(tokenizer, base_model)), "pad_token_id": 0}
     answers = rows[-1]["answers"]
