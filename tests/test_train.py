@@ -48,9 +48,8 @@ def rlsc(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_rlsc` on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, "-m", "megatron_rlsc", *TINY, *map(str, flags)], capture_output=True, text=True, timeout=900
-    )
+    words = [*command, "-m", "megatron_rlsc", *TINY, *map(str, flags)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=env)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
