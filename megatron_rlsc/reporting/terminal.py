@@ -53,7 +53,7 @@ def view(run: Run, *, rows: int) -> RenderableType:
     """Everything; `rows` of the last steps."""
     parts: list[RenderableType] = [_head(run), _progress(run)]
     if run.steps:
-        parts += [_steps(run.steps[-rows:], run.total), _phases(run.steps[-RECENT:]), _trends(run)]
+        parts += [_steps(run.steps[-rows:]), _phases(run.steps[-RECENT:]), _trends(run)]
     parts += [Text(f"! {line}", style="yellow") for line in warnings(run)]
     parts += [
         Text(f"guard, step {one.step}: {plain(one.what)}: {plain(one.text)}", style="red") for one in run.findings[-3:]
@@ -133,7 +133,7 @@ def _progress(run: Run) -> Table:
     return table
 
 
-def _steps(rows: Sequence[Figures], total: int) -> Table:
+def _steps(rows: Sequence[Figures]) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     known = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     for head in ("step", *(head for _, head, _ in known), "s"):

@@ -345,7 +345,7 @@ def test_the_manifest_finds_damage(tiny, tmp_path):
             check_sizes(folder)
 
 
-def test_a_manifest_that_is_none(untied, tmp_path):
+def test_a_manifest_that_is_none(untied):
     assert read_manifest(untied.hf_dir) is None and check_sizes(untied.hf_dir) == []
     for text in ("{", "[]", "{}", '{"format": 1, "files": {"a": 1}}', '{"format": 2, "files": {}}'):
         (untied.hf_dir / "manifest.json").write_text(text)

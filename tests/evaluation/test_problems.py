@@ -109,7 +109,7 @@ def test_a_file(tmp_path):
         read_problems(path)
 
 
-def test_a_checksum_is_of_the_content(tmp_path):
+def test_a_checksum_is_of_the_content():
     rows = [{"problem": "q ", "answer": 1.0, "id": 7}, {"question": "r", "answer": "2"}]
     problems = [problem_of(row, Columns(), "") for row in rows]
     assert checksum(problems) == checksum([problem_of({"question": "q", "answer": "1"}, Columns(), ""), problems[1]])

@@ -160,11 +160,11 @@ def test_what_training_saved_is_exported_without_its_optimizer(
     expected = truth(tied)
     arguments = (layout, expected.shape, expected.state, expected.batches["seven"], tmp_path / "run")
     weights = world.run(layout.ranks, train_and_save, *arguments)[0]
-    save_config(expected.shape, tied, tmp_path / "run" / "hf")
+    save_config(tied, tmp_path / "run" / "hf")
     assert_same(to_hf(tmp_path / "run", tmp_path / "back"), weights)
 
 
-def save_config(shape: ModelShape, tied: bool, folder: Path) -> None:
+def save_config(tied: bool, folder: Path) -> None:
     from reference import tiny_qwen
 
     tiny_qwen(tied=tied).config.save_pretrained(folder)

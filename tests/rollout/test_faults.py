@@ -193,9 +193,7 @@ def test_every_process_killed_and_stopped(pair: Run, fault: int, name: str) -> N
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("name", ["engine", "worker 1"])
-def test_every_process_of_the_only_replica(
-    sidecar_python: Path, tmp_path: Path, tiny: TinyModel, fault: int, name: str
-) -> None:
+def test_every_process_of_the_only_replica(sidecar_python: Path, tmp_path: Path, fault: int, name: str) -> None:
     """At TP 2. Nobody is left: another push is wanted, and the step is sampled again."""
     run = Run(sidecar_python, build_tiny(tmp_path / "model", tied=True), tmp_path, replicas=1, tensor_parallel_size=2)
     with run.fleet:

@@ -126,7 +126,7 @@ def test_all_sidecars_of_ours_end_with_the_fleet(tmp_path: Path) -> None:
         assert all(replica.sidecar.has_ended() for replica in fleet.replicas if replica.sidecar)
 
 
-def test_a_lost_server_of_others_is_tried_again(tmp_path: Path) -> None:
+def test_a_lost_server_of_others_is_tried_again() -> None:
     with serving() as url:
         fleet = Fleet([Replica(index=0, url=url, key="secret")], timeout=20, retry_seconds=0.1)
         fleet.start()

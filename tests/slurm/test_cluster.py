@@ -114,7 +114,7 @@ def test_nodes_share_the_shared_folder(cluster: Cluster) -> None:
     assert cluster.on("node2", "ls", cluster.folder / "seen").returncode == 0
 
 
-def test_a_master_on_localhost_fails_between_nodes(cluster: Cluster, cluster_folder: Path) -> None:
+def test_a_master_on_localhost_fails_between_nodes(cluster: Cluster) -> None:
     """The mistake that one machine with two processes would let pass."""
     (cluster.folder / "meet.py").write_text(MEET)
 

@@ -99,7 +99,7 @@ def test_a_row_without_a_question(folder: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "row 2: problem holds None, which is no question" in refused.stderr
 
 
-def test_a_folder_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     refused = fetch(tmp_path / "nothing", "--output", str(tmp_path / "out.jsonl"))
     assert refused.returncode == 2 and refused.stderr.startswith("fetch_prompts: error:")
     assert "Traceback" not in refused.stderr
