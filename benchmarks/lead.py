@@ -107,7 +107,7 @@ def page() -> str:
         "steps. Seconds: medians of the phases over the steps beside which nothing is evaluated; `rollout` is what the "
         "run waits for responses. Minutes: of all steps, those with an evaluation counted as the median of the others. "
         "Log ratio: mean of log p_theta - log p_old from the second step on, of a response and of a token.\n\n"
-        f"{describe('torch', 'megatron-core')}: one for the trainer, one for vLLM.\n\n"
+        f"{describe('torch', 'megatron-core')}: shared by the trainer's one thread and vLLM's three processes.\n\n"
         "| rate | seed | --rollout-lead | accuracy after 0 / 4 / 8 / 12 / 16 steps, % | after 20, 95 % "
         "| rollout / train / sync, s | a step, s | minutes | log ratio |\n"
         "|---|---|---|---|---|---|---|---|---|\n" + "".join(row_of(run) for run in MADE if run.ended)

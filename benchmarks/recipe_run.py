@@ -23,7 +23,7 @@ class RunArgs:
 
 
 class RecipeRun(ABC):
-    """On one rank: so trainer and vLLM have a core each, as elsewhere they have GPUs."""
+    """On one rank, which has one thread: on two cores the other is vLLM's, whose server and engine want more."""
 
     @property
     @abstractmethod
