@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -140,13 +142,25 @@ def test_a_push_in_the_middle_of_responses_leaves_no_mixed_one(
     old = sync.push(tiny.weights().items())
     body = {"token_ids": list(PROMPTS[0].token_ids), "sampling_params": LONG}
     with (
-        httpx.Client(base_url=sidecar.url, headers=bearer(sidecar.key), timeout=60) as http,
+        httpx.Client(base_url=sidecar.url, headers=bearer(sidecar.key), timeout=300) as http,
         ThreadPoolExecutor(30) as pool,
     ):
-        asked = [pool.submit(http.post, "/inference/v1/generate", json=body) for _ in range(30)]
-        wait(asked, return_when=FIRST_COMPLETED)
-        new = sync.push(tiny.weights().items())
-        choices = [choice for answer in asked for choice in answer.result().json()["choices"]]
+        choices: list[dict[str, Any]] = []
+        answered, pushed = threading.Event(), threading.Event()
+
+        def ask_on() -> None:
+            while not pushed.is_set():
+                choices.extend(http.post("/inference/v1/generate", json=body).json()["choices"])
+                answered.set()
+
+        asking = [pool.submit(ask_on) for _ in range(30)]
+        try:
+            assert answered.wait(300)
+            new = sync.push(tiny.weights().items())
+        finally:
+            pushed.set()
+        for asked in asking:
+            asked.result()
     assert "abort" in {choice["finish_reason"] for choice in choices}
     versions = [{span["version"] for span in choice["weight_versions"] or ()} for choice in choices]
     assert all(found <= {old} or found <= {new} for found in versions)
