@@ -1,7 +1,7 @@
 """The same few prompts, answered by every step's weights, for people to read: asked while the next step trains.
 
-Nobody waits for a long answer: what has not ended when the step has trained is left out. But for the base's and the
-last step's, which reports set side by side.
+Nobody waits for a long answer: what has not ended when the step has trained is left out. Only the base's, and those
+after the last step, which reports set side by side, are waited for.
 """
 
 from __future__ import annotations
